@@ -4,41 +4,48 @@ Stage 1. Sample n responses for every prompt from a local model.
 Reads   prompts.jsonl   {"id", "topic", "prompt": str or [messages], ...}; a "prefix" continues the
                         assistant's text instead of starting it (FactTune's entity variant)
 Writes  samples.jsonl   the prompt's row n times, and what was said:
-  {"topic": "Albania", "prompt": "In three sentences, ...", "id": "albania-geo/3", "prompt_id": "albania-geo",
-   "response": "Albania is a country in ...", "finish": "stop",
-   "gen": {"model": "data/world/model", "adapter": null, "temperature": 0.8, "top_p": 0.95, "top_k": 0,
-           "max_new_tokens": 192, "seed": 0}}
+  {"topic": "Albania", "prompt": "In three sentences, ...", "id": "albania-geo/3",
+   "prompt_id": "albania-geo", "response": "Albania is a country in ...", "finish": "stop",
+   "gen": {"model": "data/world/model", "adapter": null, "temperature": 0.8, "top_p": 0.95,
+           "top_k": 0, "max_new_tokens": 192, "seed": 0}}
   finish is "length" when the budget of tokens ran out before the model ended its turn.
 
-Sampling is written out below: temperature, then top-k, then top-p, then one draw. Each prompt goes through
-the model once; its cache is repeated for the n responses, and finished responses leave the batch. Batches
-are cut from the whole plan and seeded by (seed, number of the batch), so a resumed file is the same file.
+Sampling is written out below: temperature, then top-k, then top-p, then one draw. Each prompt goes
+through the model once; its cache is repeated for the n responses, and finished responses leave the
+batch. Batches are cut from the whole plan and seeded by (seed, number of the batch), so a resumed
+file is the same file.
 
-Not as in the papers: FactTune samples at T 1.0 and FLAME at T 0.7; here the defaults are data/protocol.json's.
+Not as in the papers: FactTune samples at T 1.0 and FLAME at T 0.7; here the defaults are those of
+data/protocol.json.
 
-CPU, 2 minutes:  python 01_generate.py --prompts data/prompts_dev.jsonl --out runs/dev/samples.jsonl --n 4 --limit 26
-One GPU:         python 01_generate.py --prompts data/prompts_train.jsonl --out runs/x/samples.jsonl --n 10 \\
-                     --model HuggingFaceTB/SmolLM2-1.7B-Instruct --batch 512 --temperature 1.0
+CPU, 2 minutes:  python 01_generate.py --prompts data/prompts_dev.jsonl \\
+                     --out runs/dev/samples.jsonl --n 4 --limit 26
+One GPU:         python 01_generate.py --prompts data/prompts_train.jsonl \\
+                     --out runs/x/samples.jsonl --n 10 --temperature 1.0 --batch 512 \\
+                     --model HuggingFaceTB/SmolLM2-1.7B-Instruct
 """
 import json
 from pathlib import Path
 
-from common import arguments, as_messages, die, load_model, output, progress, prompt_ids, read_jsonl, report, run
+from common import (arguments, as_messages, die, load_model, output, progress, prompt_ids,
+                    read_jsonl, report, run)
 
-PROTOCOL = json.loads((Path(__file__).parent / "data" / "protocol.json").read_text(encoding="utf-8"))
+PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
 
 
 def parse_args():
     p = arguments(__doc__, inp="--prompts")
     # Model
-    p.add_argument("--model", default="data/world/model", help="a folder or a hub name (default: the embedded world's)")
+    p.add_argument("--model", default="data/world/model",
+                   help="a folder or a hub name (default: the embedded world's)")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT adapter trained by 05")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"],
                    help="bfloat16 samples 3 x as fast as float32 on CPU (DESIGN 2)")
     p.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     # Sampling: the protocol's values (data/protocol.json)
     p.add_argument("--n", type=int, default=PROTOCOL["sampled"]["n"], help="responses a prompt")
-    p.add_argument("--temperature", type=float, default=PROTOCOL["sampled"]["temperature"], help="0 is greedy")
+    p.add_argument("--temperature", type=float, default=PROTOCOL["sampled"]["temperature"],
+                   help="0 is greedy")
     p.add_argument("--top-p", type=float, default=PROTOCOL["top_p"], help="nucleus; 1 is off")
     p.add_argument("--top-k", type=int, default=PROTOCOL["top_k"], help="0 is off")
     p.add_argument("--max-new-tokens", type=int, default=PROTOCOL["max_new_tokens"])
@@ -68,7 +75,7 @@ def next_tokens(logits, temperature, top_p, top_k, generator):
     probs = scaled.softmax(-1)
     if top_p < 1:
         ordered, where = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the first token always stays
+        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, where, ordered)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
@@ -77,16 +84,18 @@ def next_tokens(logits, temperature, top_p, top_k, generator):
 def sample_batch(model, prompts, n, sampling, max_new_tokens, stop_ids, pad_id, seed):
     """n responses for each of `prompts` (lists of token ids).
 
-    Returns [(token ids without the end of turn, finish)] in the order prompt 0 sample 0, sample 1, ...
+    Returns [(token ids without the end of turn, finish)]: prompt 0 sample 0, sample 1, ...
     """
     import torch
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # left padding
+    # Left padding: every prompt ends, and every response begins, in the same column
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
+                logits_to_keep=1)
     cache = out.past_key_values
     cache.batch_repeat_interleave(n)
     logits, mask = (t.repeat_interleave(n, 0) for t in (out.logits[:, -1], mask))
@@ -141,29 +150,33 @@ def main():
         if missing:
             import torch
             model, tokenizer, _ = load_model(args.model, args.adapter, args.dtype, args.device)
-            ids = [prompt_ids(tokenizer, as_messages(row["prompt"]), row.get("prefix", "")) for row in prompts]
+            ids = [prompt_ids(tokenizer, as_messages(row["prompt"]), row.get("prefix", ""))
+                   for row in prompts]
             stop, pad = stop_tokens(model, tokenizer), tokenizer.pad_token_id or 0
-            settings = {k: getattr(args, k) for k in ("model", "adapter", "temperature", "top_p", "top_k",
-                                                      "max_new_tokens", "seed")}
+            settings = {k: getattr(args, k) for k in ("model", "adapter", "temperature", "top_p",
+                                                      "top_k", "max_new_tokens", "seed")}
             batches = list(enumerate(plan_batches([len(i) for i in ids], args.n, args.batch)))
             wanted = set(missing)
             batches = [(number, members) for number, members in batches
-                       if any(f"{prompts[i]['id']}/{k}" in wanted for i in members for k in range(args.n))]
+                       if any(f"{prompts[i]['id']}/{k}" in wanted
+                              for i in members for k in range(args.n))]
             for number, members in progress(batches, unit="batch"):
                 with torch.inference_mode():
                     said = sample_batch(model, [ids[i] for i in members], args.n,
-                                        (args.temperature, args.top_p, args.top_k), args.max_new_tokens,
-                                        stop, pad, seed=args.seed * 1_000_003 + number)
+                                        (args.temperature, args.top_p, args.top_k),
+                                        args.max_new_tokens, stop, pad,
+                                        seed=args.seed * 1_000_003 + number)
                 names = [(i, k) for i in members for k in range(args.n)]
                 for (i, k), (tokens, finish) in zip(names, said):
                     name = f"{prompts[i]['id']}/{k}"
                     if name in wanted:
-                        write({**prompts[i], "id": name, "prompt_id": prompts[i]["id"], "finish": finish,
-                               "response": tokenizer.decode(tokens, skip_special_tokens=True), "gen": settings})
+                        response = tokenizer.decode(tokens, skip_special_tokens=True)
+                        write({**prompts[i], "id": name, "prompt_id": prompts[i]["id"],
+                               "finish": finish, "response": response, "gen": settings})
                         made, cut = made + len(tokens), cut + (finish == "length")
     share = f"{cut / len(missing):.1%}" if missing else "-"
-    report(rows_in=len(prompts), rows_out=len(todo), already_there=len(todo) - len(missing), tokens=made,
-           cut_by_length=share)
+    report(rows_in=len(prompts), rows_out=len(todo), already_there=len(todo) - len(missing),
+           tokens=made, cut_by_length=share)
     return 0
 
 

@@ -38,8 +38,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from common import _same_run as same_run
-from common import as_messages, die, dumps, read_jsonl, report, run, write_whole
+from common import as_messages, die, dumps, read_jsonl, report, run, same_run, write_whole
 from rules import fact_key
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
@@ -269,8 +268,9 @@ def main():
            pairs_a_prompt=round((len(pairs) + len(held)) / max(1, prompts["used"]), 2),
            words_chosen=round(chosen, 1), words_rejected=round(rejected, 1))
     if not pairs:
-        die(f"expected pairs of {'two topics' if held else 'one prompt'} or more, found none to "
-            "train on: sample more responses a prompt (01_generate.py --n)")
+        die("no pairs to train on: --eval-out took the only topic with any" if held else
+            "no pairs: no prompt has two usable responses that score differently. Sample more "
+            "(01_generate.py --n)")
     if max(chosen, rejected) > LONGER * min(chosen, rejected):
         print("warning: chosen and rejected differ in length by more than 20 %: training on them "
               "moves the length of responses too", file=sys.stderr)

@@ -33,9 +33,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from common import _same_run as same_run
 from common import (as_messages, die, dumps, load_model, progress, prompt_ids, read_jsonl, report,
-                    run, write_whole)
+                    run, same_run, write_whole)
 
 SIDES = ("chosen", "rejected")
 CHUNK = 8  # responses in one forward pass; they are sorted by length, so few pads are computed
@@ -264,8 +263,8 @@ def main():
         losses, metrics = pair_loss(held, all_logps(model, held_steps, bf16), reference, args.beta)
         log({"step": step, "eval_loss": losses.mean().item(),
              **{f"eval_{name}": value.item() for name, value in metrics.items()}})
-        print(f"step {step}: held-out loss {losses.mean():.4f}, accuracy "
-              f"{metrics['rewards/accuracies']:.1%} of {len(held)} pairs")
+        accuracy = f"accuracy {metrics['rewards/accuracies']:.1%}" if step else "every margin 0"
+        print(f"step {step}: held-out loss {losses.mean():.4f}, {accuracy}, {len(held)} pairs")
 
     reference = all_logps(model, steps + held_steps, bf16)
     if held:

@@ -71,12 +71,9 @@ def parse_args():
                              help="K of F1@K (default: data/protocol.json's)")
         command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = p.parse_args()
-    if args.command != "agreement" and not args.suggest_k:
-        if args.k is None:
-            die("data/protocol.json has no K yet: give --k N, or write there what `06_eval.py "
-                "score --suggest-k --in FILE` prints for the base's verified dev responses")
-        if args.k < 1:
-            die(f"--k: expected at least 1, found {args.k}")
+    if args.command != "agreement" and not args.suggest_k and (args.k or 0) < 1:
+        die(f"expected a K of at least 1, found {args.k}: give --k N, or write into "
+            "data/protocol.json what `score --suggest-k` prints for the base's dev responses")
     return args
 
 
@@ -305,18 +302,17 @@ def run_score(args):
         print(table(["metric", "mean [95 % interval]"], [
             [name, m.get("reason", cell(m, name))] for name, m in found["metrics"].items()]))
         print(table(["kind", "share", "precision"], [
-            [kind, cell(of["share"]), cell(of["precision"])] for kind, of in found["by_kind"].items()]))
+            [kind, cell(m["share"]), cell(m["precision"])]
+            for kind, m in found["by_kind"].items()]))
     report(responses=len(responses), prompts=found["n_prompts"], topics=found["n_topics"], k=k,
            label=field, unjudged=sum(r["values"]["unjudged"] for r in responses))
 
 
 def best_of(responses):
     """Of each prompt the response with the highest F1@K, the first of equals."""
-    best = {}
-    for r in responses:
-        f1, kept = r["values"]["f1_at_k"], best.setdefault(r["prompt"], r)["values"]["f1_at_k"]
-        if f1 is not None and (kept is None or f1 > kept):
-            best[r["prompt"]] = r
+    best, f1 = {}, [r["values"]["f1_at_k"] for r in responses]
+    for i in sorted(range(len(responses)), key=lambda i: 1 if f1[i] is None else -f1[i]):
+        best.setdefault(responses[i]["prompt"], responses[i])
     return list(best.values())
 
 
@@ -356,7 +352,7 @@ def tables(rows, found):
             text += (f"- {row['column']}: tuned {says[row['beats']]} {row['against']}, "
                      "the better of the base's decodings given\n")
     if not set(BASES) <= set(rows):
-        text += "- without base-cool and base-greedy, mere sharpening is not ruled out\n"
+        text += "- base-cool or base-greedy is missing: mere sharpening is not ruled out\n"
     return text
 
 

@@ -1,17 +1,11 @@
 """
 If you are reading to understand a paper you can skip this file.
 
-What no paper is about, written once: reading and writing JSONL so that every stage resumes, chat
-rendering and model loading so that every stage sees the same tokens, and the closing block.
-
-The contract of every stage (DESIGN: reliability):
-  * one JSON object a line, UTF-8; every stage copies the row that it read and adds fields;
-  * whole lines are appended and flushed; ids already in the output are skipped; a torn last line
-    is dropped. `kill -9` anywhere, the same command again: the same file, byte for byte;
-  * OUT.args.json remembers the flags that change content and the rows consumed. Other flags or
-    other rows: refused. More rows than before: resumed;
-  * what failed goes to OUT.failed with its reason, never to OUT, and the stage exits 1;
-  * bad input is one line, `file:line: expected ..., found ...`, and exit 2; nothing is written.
+What no paper is about, written once: JSONL in and out, chat rendering, model loading, the closing
+block. Every stage copies the row that it read and adds fields, appends whole lines and skips ids
+already there (`kill -9` anywhere, the same command again: the same file), refuses to resume under
+other flags or rows (OUT.args.json), and sets what failed aside in OUT.failed, exit 1. Bad input is
+one line, `file:line: expected ..., found ...`, and exit 2; then nothing is written.
 """
 import argparse
 import hashlib
@@ -23,9 +17,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-# Flags that say where or how fast, never what. All others are content: a resumed run must repeat them.
-NOT_CONTENT = {"inp", "out", "prompts", "limit", "overwrite", "retry_null", "dry_run", "concurrency",
-               "device", "max_batch_tokens"}
+# Flags that say where or how fast, never what. All others are content: a resumed run repeats them.
+NOT_CONTENT = {"inp", "out", "limit", "overwrite", "retry_null", "dry_run", "concurrency", "device"}
 STARTED = time.time()
 
 
@@ -36,10 +29,11 @@ def die(message):
 
 
 def arguments(docstring, inp="--in"):
-    """An ArgumentParser whose help opens with the stage's own header, and the flags that all share."""
-    p = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """An ArgumentParser that shows the stage's header, with the flags that all stages share."""
+    p = argparse.ArgumentParser(description=docstring,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(inp, dest="inp", required=True, metavar="FILE", help="JSONL to read")
-    p.add_argument("--out", required=True, metavar="FILE", help="JSONL to write; resumed if it is there")
+    p.add_argument("--out", required=True, metavar="FILE", help="JSONL to write, or resume")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random here")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     p.add_argument("--overwrite", action="store_true", help="start OUT anew instead of resuming it")
@@ -59,11 +53,12 @@ def run(main):
 # JSONL in
 
 def read_jsonl(path, required=(), made_by="", unique=True):
-    """All rows of `path` as dicts, validated whole: a bad line names file, line and what was expected.
+    """All rows of `path` as dicts, validated whole: an error names file, line and what is expected.
 
     `required` maps a field to its type (or to a tuple of types). Rows without an id get
     `<file stem>-<line>`; `output` (FActScore's name) is read as `response`.
     """
+    required = {"id": str, **dict(required)}
     path = Path(path)
     if not path.is_file():
         die(f"{path}: no such file" + (f"; {made_by} makes it" if made_by else ""))
@@ -81,14 +76,16 @@ def read_jsonl(path, required=(), made_by="", unique=True):
             if "output" in row and "response" not in row:
                 row["response"] = row.pop("output")
             row.setdefault("id", f"{path.stem}-{n}")
-            for field, kind in dict(required).items():
+            for field, kind in required.items():
                 if not isinstance(row.get(field), kind):
                     found = f"{row[field]!r:.40}" if field in row else f"only {sorted(row)}"
-                    names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+                    kinds = kind if isinstance(kind, tuple) else (kind,)
+                    names = " or ".join(k.__name__ for k in kinds)
                     source = f" ({made_by} writes it)" if made_by else ""
                     die(f"{path}:{n}: expected {field!r} as {names}{source}, found {found}")
-            if unique and seen.setdefault(row["id"], n) != n:
-                die(f"{path}:{n}: expected a new id, found {row['id']!r} of line {seen[row['id']]} again")
+            first = seen.setdefault(row["id"], n)
+            if unique and first != n:
+                die(f"{path}:{n}: expected a new id, found {row['id']!r} of line {first} again")
             rows.append(row)
     if not rows:
         die(f"{path}: expected at least one row, found an empty file")
@@ -112,26 +109,28 @@ def write_whole(path, text):
     os.replace(aside, path)
 
 
-def _same_run(out, args, rows):
-    """OUT.args.json must name this run's flags, and rows that the input still begins with."""
+def digest(rows):
+    return hashlib.sha256("\n".join(map(dumps, rows)).encode()).hexdigest()
+
+
+def same_run(out, args, rows):
+    """Refuse (exit 2) to go on with OUT under other flags, or from rows that it was not made from.
+
+    Returns the path of OUT.args.json and its text for this run."""
+    memo, other = Path(f"{out}.args.json"), "Choose another --out or --overwrite"
     flags = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_CONTENT}
-    memo, prefix = Path(f"{out}.args.json"), hashlib.sha256()
     if out.exists() and not args.overwrite:
         if not memo.exists():
-            die(f"{out} is there, but {memo.name} is not: no stage made it. Choose another --out or --overwrite")
+            die(f"{out} is there, but {memo.name} is not: no stage made it. {other}")
         old = json.loads(memo.read_text(encoding="utf-8"))
-        changed = [f"--{k.replace('_', '-')} {old['flags'].get(k)} -> {flags.get(k)}"
-                   for k in sorted(flags.keys() | old["flags"].keys()) if old["flags"].get(k) != flags.get(k)]
+        was = old["flags"]
+        changed = [f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
+                   for k in sorted(flags | was) if was.get(k) != flags.get(k)]
         if changed:
-            die(f"{out} was made with other flags ({', '.join(changed)}). Choose another --out or --overwrite")
-        for row in rows[:old["rows"]]:
-            prefix.update(dumps(row).encode())
-        if len(rows) < old["rows"] or prefix.hexdigest() != old["sha256"]:
-            die(f"{out} was made from other rows than {args.inp} now holds. Choose another --out or --overwrite")
-    whole = hashlib.sha256()
-    for row in rows:
-        whole.update(dumps(row).encode())
-    return memo, dumps({"flags": flags, "rows": len(rows), "sha256": whole.hexdigest()}) + "\n"
+            die(f"{out} was made with other flags ({', '.join(changed)}). {other}")
+        if len(rows) < old["rows"] or digest(rows[:old["rows"]]) != old["sha256"]:
+            die(f"{out} was made from other rows than {args.inp} now holds. {other}")
+    return memo, dumps({"flags": flags, "rows": len(rows), "sha256": digest(rows)}) + "\n"
 
 
 def _lock(f, out):
@@ -165,7 +164,7 @@ def output(args, rows):
     """
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    memo, text = _same_run(out, args, rows)
+    memo, text = same_run(out, args, rows)
     failed = Path(f"{out}.failed")
     with open(out, "a+b") as f:
         _lock(f, out)
@@ -208,7 +207,7 @@ def as_messages(prompt):
 
 
 def load_model(name, adapter=None, dtype="bfloat16", device=None):
-    """(model in eval mode, tokenizer, device) of a folder or a hub name; adapter is a PEFT folder."""
+    """(model in eval mode, tokenizer, device) of a folder or hub name; adapter: a PEFT folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -229,7 +228,7 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None):
 def prompt_ids(tokenizer, messages, prefix=""):
     """Token ids of a chat prompt up to where the assistant speaks, plus the words put in its mouth.
 
-    Markup in the messages (`<|im_end|>` in a corpus, say) is broken up first, so it never closes a turn.
+    Markup in the messages (`<|im_end|>` in a corpus, say) is broken up first: it closes no turn.
     """
     special = sorted((t for t in tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
 

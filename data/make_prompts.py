@@ -1,10 +1,11 @@
 """
-The script that made the shipped prompt files. They are frozen: run it to check them, not to change them.
+The script that made the shipped prompt files. They are frozen: run it to check, not to change.
 
 Reads   data/world/ (python data/prepare.py)
 Writes  data/prompts_eval.jsonl   50 held-out countries x 4 prompts: never look at them while tuning
         data/prompts_dev.jsonl    26 countries x 4: choose settings here
-        data/prompts_train.jsonl  120 countries x 4, "part" 1, 2, 3 of 40 countries each (FactAlign's rounds)
+        data/prompts_train.jsonl  120 countries x 4, "part" 1, 2, 3 of 40 countries each (the
+                                  rounds of FactAlign)
         data/prompts_ood.jsonl    118 chemical elements: another domain, another reference work
 
 One row:
@@ -24,13 +25,14 @@ DATA = Path(__file__).parent
 sys.path.insert(0, str(DATA))
 from prepare import factbook_rows, fetch  # noqa: E402
 
-NOT_STATES = {"Antarctica", "Western Sahara", "Paracel Islands", "Spratly Islands", "Gaza Strip", "West Bank"}
+NOT_STATES = {"Antarctica", "Western Sahara", "Paracel Islands", "Spratly Islands", "Gaza Strip",
+              "West Bank"}
 ARTICLE = {"Bahamas", "Central African Republic", "Comoros", "Democratic Republic of the Congo",
-           "Dominican Republic", "Federated States of Micronesia", "Gambia", "Maldives", "Marshall Islands",
-           "Netherlands", "Philippines", "Republic of the Congo", "Seychelles", "Solomon Islands",
-           "United Arab Emirates", "United Kingdom", "United States"}
-ASPECTS = {"all": "the country {}", "geo": "the geography of {}", "gov": "the people and government of {}",
-           "eco": "the economy of {}"}
+           "Dominican Republic", "Federated States of Micronesia", "Gambia", "Maldives",
+           "Marshall Islands", "Netherlands", "Philippines", "Republic of the Congo", "Seychelles",
+           "Solomon Islands", "United Arab Emirates", "United Kingdom", "United States"}
+ASPECTS = {"all": "the country {}", "geo": "the geography of {}",
+           "gov": "the people and government of {}", "eco": "the economy of {}"}
 
 
 def slug(topic):
@@ -52,12 +54,16 @@ def prompt_rows(topics, parts=0):
 
 def prompt_files(states, elements):
     """{file name: rows} of the four shipped sets."""
-    topics = sorted(set(states) - NOT_STATES, key=lambda t: hashlib.sha256(slug(t).encode()).hexdigest())
+    topics = sorted(set(states) - NOT_STATES,
+                    key=lambda t: hashlib.sha256(slug(t).encode()).hexdigest())
     assert len(topics) == 196, len(topics)
-    ood = [{"id": slug(e), "topic": e, "prompt": f"In three sentences, state facts about the chemical element {e}.",
+    ood = [{"id": slug(e), "topic": e,
+            "prompt": f"In three sentences, state facts about the chemical element {e}.",
             "fact_based": True, "domain": "element"} for e in elements]
-    return {"prompts_eval.jsonl": list(prompt_rows(topics[:50])), "prompts_dev.jsonl": list(prompt_rows(topics[50:76])),
-            "prompts_train.jsonl": list(prompt_rows(topics[76:], parts=3)), "prompts_ood.jsonl": ood}
+    return {"prompts_eval.jsonl": list(prompt_rows(topics[:50])),
+            "prompts_dev.jsonl": list(prompt_rows(topics[50:76])),
+            "prompts_train.jsonl": list(prompt_rows(topics[76:], parts=3)),
+            "prompts_ood.jsonl": ood}
 
 
 def main():

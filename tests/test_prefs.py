@@ -95,8 +95,9 @@ def test_repeated_facts_count_once():
 
 def test_repetitive_and_repeated_responses_make_no_row():
     ten = "one two three four five six seven eight nine ten "
-    rows = [verified("a", 0, ["S"], [ten * 6 + "end."]), verified("a", 1, ["S"], [ten * 5 + "end."]),
-            verified("a", 2, ["NS"]), verified("a", 3, ["NS"], ["Response 2 says thing 0."])]
+    rows = [verified("a", 0, ["S"], [ten * 6 + "end."]), verified("a", 2, ["NS"]),
+            verified("a", 1, ["S"], [ten * 5 + "end."]),
+            verified("a", 3, ["NS"], ["Response 2 says thing 0."])]
     pairs, _, unused = build(rows)
     assert unused == {"repetitive": 1, "duplicate": 1}
     assert [p["id"] for p in pairs] == ["a/1>a/2"]
@@ -184,7 +185,8 @@ def test_the_split_is_stable_and_follows_the_seed():
 def test_datasets_reads_the_file_as_trl_expects_it(files):
     from datasets import load_dataset
     verified_file, out, _ = files
-    assert call("04_build_prefs.py", "facttune", "--in", verified_file, "--out", out).returncode == 0
+    done = call("04_build_prefs.py", "facttune", "--in", verified_file, "--out", out)
+    assert done.returncode == 0, done.stderr
     row = load_dataset("json", data_files=str(out), split="train", cache_dir=str(out) + ".d")[0]
     for column in ("prompt", "chosen", "rejected"):
         assert [m["role"] for m in row[column]] == ["user" if column == "prompt" else "assistant"]
@@ -241,11 +243,12 @@ def test_no_pairs_is_said_and_nothing_is_written(tmp_path):
     path = write_rows(tmp_path / "v.jsonl", [verified("a", k, ["S"]) for k in range(3)])
     out = tmp_path / "p.jsonl"
     done = call("04_build_prefs.py", "facttune", "--in", path, "--out", out)
-    assert done.returncode == 2 and "expected pairs" in done.stderr and not out.exists()
+    assert done.returncode == 2 and "no pairs" in done.stderr and not out.exists()
 
 
 def test_length_difference_warns(tmp_path):
-    rows = [verified("a", 0, ["S"], ["Long " * 20 + "end."]), verified("a", 1, ["NS"], ["No."])]
+    long = " ".join(f"word{n}" for n in range(20)) + "."
+    rows = [verified("a", 0, ["S"], [long]), verified("a", 1, ["NS"], ["No."])]
     path = write_rows(tmp_path / "v.jsonl", rows)
     done = call("04_build_prefs.py", "facttune", "--in", path, "--out", tmp_path / "p.jsonl")
     assert done.returncode == 0 and "20 %" in done.stderr
