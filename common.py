@@ -114,9 +114,8 @@ def digest(rows):
 
 
 def same_run(out, args, rows):
-    """Refuse (exit 2) to go on with OUT under other flags, or from rows that it was not made from.
-
-    Returns the path of OUT.args.json and its text for this run."""
+    """Exit 2 where OUT was made under other flags or from other rows; else the path of OUT.args.json
+    and its text for this run."""
     memo, other = Path(f"{out}.args.json"), "Choose another --out or --overwrite"
     flags = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_CONTENT}
     if out.exists() and not args.overwrite:
@@ -212,7 +211,7 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
-    if re.match(r"[./~]|data/|runs/", str(name)) and not Path(name).expanduser().is_dir():
+    if re.match(r"[./~]|data/|runs/", name) and not Path(name).expanduser().is_dir():
         die(f"{name}: no such model folder; `python data/prepare.py` makes data/world/model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -227,7 +226,6 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None):
 
 def prompt_ids(tokenizer, messages, prefix=""):
     """Token ids of a chat prompt up to where the assistant speaks, plus the words put in its mouth.
-
     Markup in the messages (`<|im_end|>` in a corpus, say) is broken up first: it closes no turn.
     """
     special = sorted((t for t in tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)

