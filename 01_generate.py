@@ -40,7 +40,7 @@ def parse_args():
                    help="a folder or a hub name (default: the embedded world's)")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT adapter trained by 05")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"],
-                   help="bfloat16 samples 3 x as fast as float32 on CPU (DESIGN 2)")
+                   help="bfloat16 is the faster one on CPUs that know it")
     p.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     # Sampling: the protocol's values (data/protocol.json)
     p.add_argument("--n", type=int, default=PROTOCOL["sampled"]["n"], help="responses a prompt")

@@ -114,8 +114,8 @@ def digest(rows):
 
 
 def same_run(out, args, rows):
-    """Exit 2 where OUT was made under other flags or from other rows; else the path of OUT.args.json
-    and its text for this run."""
+    """Exit 2 where OUT was made under other flags or from other rows; else (path of OUT.args.json,
+    its text for this run)."""
     memo, other = Path(f"{out}.args.json"), "Choose another --out or --overwrite"
     flags = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_CONTENT}
     if out.exists() and not args.overwrite:

@@ -1,8 +1,7 @@
 """
-Offline stand-ins for an LLM: no paper's idea lives here. Deterministic, no model, no network.
-
-02 uses sentences and facts, 03 read_page and check (does a page of a reference work carry a claim?)
-and 04 and 06 fact_key. Word tables (verbs, units, relations, ...) are data: data/lexicon.json.
+Offline stand-ins for an LLM: no paper's idea lives here, no model, no network. 02 uses sentences and
+facts, 03 read_page and check (does a page of a reference work carry a claim?), 04 and 06 fact_key.
+Word tables (verbs, units, relations and their fields, ...) are data: data/lexicon.json.
 """
 import json
 import re
@@ -20,8 +19,8 @@ def either(words):
 # ---------------------------------------------------------------------------------------------
 # Sentences
 
-SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s|$)")
-LIST_MARKER = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)]|[a-z][.)]|#+)\s+")
+SENTENCE_END = re.compile(r"[.!?\u2026\u3002]+[\"'\u201d\u2019)\]*]*(?=\s|$)")
+LIST_MARKER = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)]|[a-z][.)])\s+")
 
 
 def ends_sentence(mark, before, rest):
@@ -34,9 +33,7 @@ def ends_sentence(mark, before, rest):
 
 
 def sentences(text):
-    """[(start, end)] of the sentences of `text`; between two spans there is only white space.
-
-    A line break ends a sentence (lists, headings); decimals, initials and abbreviations do not."""
+    """[(start, end)] of the sentences of `text`; a line break ends one; only blanks between."""
     spans = []
     for line in re.finditer(r"[^\r\n\u2028\u2029]+", text):
         start = line.start()
@@ -61,8 +58,9 @@ CAPITAL = r"[A-Z\u00c0-\u00de]"
 NAME = rf"{CAPITAL}[\w'\u2019.-]*(?:(?: of(?: the)?| and)? (?:d')?{CAPITAL}[\w'\u2019.-]*)*"
 BORDER = (r"\b(?:border(?:s|ed|ing)?(?: by| with| on)?|surrounded by|surrounding|flanked by"
           r"|bounded by|shar(?:es|ing) (?:its |a )?(?:\w+ )?borders? with|neighbou?rs)")
+MEMBER = r"(?:an? )?(?:founding )?members? of "
 LIST = re.compile(rf"(.*?(?:{BORDER}|\b(?:{'|'.join(LEXICON['lists'])})))\s+(.+)")
-LEAD_IN = re.compile(rf"(?i)(?:(?:{either(LEXICON['lead_ins'])}\b|here (?:is|are)[^:]*:)[ ,:!]*)+")
+LEAD_IN = re.compile(rf"(?i)\A(?:(?:{either(LEXICON['lead_ins'])}\b(?!-)|here [^:]*:)[ ,:!]*)+")
 IMPERATIVE = re.compile(rf"(?i){either(LEXICON['imperatives'])}\b")
 ADJECTIVE = re.compile(
     r"(?i)(?<![\w-])(?:(?:predominantly|mostly|mainly|largely) )?"
@@ -73,13 +71,16 @@ CLAUSE = re.compile(
     rf"(?=(?:its?|with|the (?:economy|people|country|government))\b|{VERB}|{ACTIVE}|{PASSIVE})"
     rf"|[,;]\s*(?:also\s+)?(?=(?:where|it|with|which (?:is )?border\w+)\b|{ACTIVE}|{PASSIVE})"
     rf"|(?:(?<=country)|(?<=nation)|(?<=state)) (?=(?:that|which) {VERB})"
-    r"|\s+(?=(?:bordered by|bordering|surrounded by|sharing|with an? (?:\w+ )?population)\b)")
+    r"|,?\s+(?:that|which) (?:is|are) (?=(?:bordered|surrounded) by\b)"
+    r"|(?<! is)(?<! are)(?<! also)\s+(?=(?:bordered by|bordering|surrounded by|sharing"
+    r"|with an? (?:\w+ )?population)\b)")
 
 
 def resolve(text, topic):
     """Pronouns for the topic become the topic: "It is", "The country's" -> "Peru is", "Peru's"."""
     noun = rf"(?:country|nation|state|island nation|island|republic)(?: of {re.escape(topic)})?"
-    text = re.sub(rf"(?i)^(?:it|this|(?:the|this) {noun})(?= {VERB})", topic, text)
+    text = re.sub(r"(?i)^it['\u2019]s ", "It is ", text)
+    text = re.sub(rf"(?i)^(?:it|this|(?:the|this) {noun})(?= (?:also )?{VERB})", topic, text)
     text = re.sub(r"(?i)^they(?= )", f"The people of {topic}", text)
     text = re.sub(rf"(?i)^(?:its|their|(?:the|this) {noun}['\u2019]s)\b", f"{topic}'s", text)
     return re.sub(rf"\b(?:the|this) {noun}['\u2019]s\b", "its", text)
@@ -88,7 +89,7 @@ def resolve(text, topic):
 def whole_clause(clause, subject, topic):
     """A clause that lost its subject gets it back: "with a coast" -> "Peru has a coast"."""
     clause = re.sub(r"(?i)^(?:which|that|where)\s+(?=\S)", "", clause.strip(" ,;.:!?"))
-    clause = re.sub(r"(?i)^it(s?) ", lambda m: topic + "'s" * bool(m[1]) + " ", clause)
+    clause = resolve(clause, topic)
     first = clause.split(" ")[0].lower()
     if first == "with" or first in LEXICON["participles"]:
         return f"{subject} {LEXICON['participles'].get(first, 'has')}{clause[len(first):]}"
@@ -107,17 +108,16 @@ def list_items(text):
 
 
 def each_item(clause):
-    """One statement for each neighbour (with its direction), membership, language, export:
-    "X is bordered by A to the north, B and C to the east" -> three."""
+    """"X is bordered by A to the north, B and C to the east" -> three; so members, exports, ..."""
     found = LIST.match(clause)
     head, tail = found.groups() if found else ("", "")
     tail = re.sub(r"^.*?\b(?:including|such as|namely)\s+", "", tail)
     if re.match(rf"{ASIDE} by ", tail):  # "bordered to the north by A, to the east by B"
         head, tail = f"{head} by", re.sub(rf"({ASIDE}) by (.+?)(?=,|;|$)", r"\2 \1", tail)
-    items = [re.sub(r"^(?:an? )?(?:founding )?members? of ", "", item) for item in list_items(tail)]
+    items = list_items(tail)
+    named = rf"(?:{MEMBER})?(?:the )?(?:\w+ of (?:the )?)?{CAPITAL}|{ASIDE}"
     short = 0 if re.search(BORDER, head) else 6  # neighbours are names; exports need not be
-    if len(items) < 2 or not all(re.match(rf"(?:the )?{CAPITAL}|{ASIDE}", item) or
-                                 len(item.split()) <= short for item in items):
+    if len(items) < 2 or any(len(i.split()) > short and not re.match(named, i) for i in items):
         return [clause]
     out, waiting = [], []  # names wait for the direction that closes their list
     for item in items:
@@ -129,7 +129,8 @@ def each_item(clause):
             waiting = []
         else:
             waiting.append(item)
-    return out + [f"{head} {name}" for name in waiting]
+    out += [f"{head} {name}" for name in waiting]  # an item may bring its own "founding member of"
+    return [re.sub(f"{MEMBER}(?={MEMBER})", "", fact) for fact in out]
 
 
 def each_adjective(clause, subject):
@@ -143,14 +144,14 @@ def each_adjective(clause, subject):
     for adjective in ADJECTIVE.findall(adjectives):
         adjectives = re.sub(rf"{re.escape(adjective)},?\s*(?:and\s+)?", "", adjectives, count=1)
         out.append(f"{head} a {adjective} {noun}")
-    left = re.sub(r"(?:,|\band)?\s*$", " ", adjectives).lstrip()
-    return out + [f"{head} a {left}{noun}{rest}"] if out else [clause]
+    left = re.sub(r"(?:,|\s+and)$", "", adjectives.strip())
+    return out + [" ".join(f"{head} a {left} {noun}{rest}".split())] if out else [clause]
 
 
 def facts(sentence, topic):
     """The statements of a sentence, each to stand alone, each once; none of headings, questions."""
-    text = LEAD_IN.sub("", LIST_MARKER.sub("", re.sub(r"[*_`#]+", "", sentence), 1).strip(), 1)
-    if len(text.split()) < 3 or text[-1] in "?:" or IMPERATIVE.match(text):
+    text = LEAD_IN.sub("", LIST_MARKER.sub("", re.sub(r"[*_`]+", "", sentence), 1).strip(), 1)
+    if len(text.split()) < 3 or text[0] == "#" or text[-1] in "?:" or IMPERATIVE.match(text):
         return []
     text, out = resolve(text[:1].upper() + text[1:], topic), []
     beside = re.match(rf"([^,]{{2,60}}), (?!(?:and|but|with|which)\b|{PASSIVE}|{ACTIVE})"
@@ -161,18 +162,18 @@ def facts(sentence, topic):
     first, *others = CLAUSE.split(text)
     verb = re.search(rf"(?: also| now)? (?={VERB})", first)
     subject = first[:verb.start()].rstrip(", ") if verb else topic
-    first = first if verb else f"{topic} is {first[:1].lower() + first[1:]}"
-    clauses = [first.strip(" ,;.:!?")] + [whole_clause(c, subject, topic) for c in others]
-    items = [item for clause in clauses for item in each_item(clause)]
-    out += [fact for item in items for fact in each_adjective(item, subject)]
-    whole = [fact for fact in dict.fromkeys(out) if len(fact.split()) >= 3]
-    return [re.sub(r"\ba (?=(?!uni|eu|one)[aeiou])", "an ", fact) for fact in whole]
+    if not verb and re.match(rf"(?i){PASSIVE}|an? ", first):  # "A country in Asia, bordered ..."
+        first = f"{topic} is {first[:1].lower() + first[1:]}"
+    for clause in [first.strip(" ,;.:!?")] + [whole_clause(c, subject, topic) for c in others]:
+        out += [fact for item in each_item(clause) for fact in each_adjective(item, subject)]
+    return [re.sub(r"\ba (?=(?!uni|eu|one)[aeiou])", "an ", fact)
+            for fact in dict.fromkeys(out) if len(fact.split()) >= 3]
 
 
 # ---------------------------------------------------------------------------------------------
 # Normal forms and numbers
 
-TOKEN = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*")
+TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[a-z0-9]+(?:[-'][a-z0-9]+)*")
 PHRASES = re.compile(rf"(?<![\w-]){either(LEXICON['phrases'])}(?![\w-])")
 SHARES = re.compile(rf"(?i)\b{either(LEXICON['fractions'])}\b")
 NUMBER = re.compile(
@@ -205,8 +206,7 @@ def stem(word):
 
 @lru_cache(100_000)
 def normal(text):
-    """Normal forms of the words of a text as one string, without articles; organisations and units
-    by their short names: "members of the United Nations" -> "member of un"."""
+    """Normal forms of the words: "the members of the United Nations" -> "member of un"."""
     low = PHRASES.sub(lambda m: LEXICON["phrases"][m[0]], ascii_lower(text))
     return " ".join(stem(w) for w in TOKEN.findall(low) if w not in ("the", "a", "an"))
 
@@ -322,7 +322,7 @@ def parse(claim, topic, titles=()):
     content = [w for w in words(NUMBER.sub(" ", rest)) if w not in FILLER and w not in sides]
     if re.search(rf"(?i)\b{DIRECTION} of (?!\u00b7)", text):  # "lies east of B": B is in the west
         sides = [LEXICON["opposites"][side] for side in sides]
-    most = [("share", 50, w) for w in LEXICON["most"] if w in rest]
+    most = [("share", 50, w) for w in LEXICON["most"] if w in rest.lower()]
     return dict(text=text, names=names, numbers=numbers(rest) + most, sides=sides, content=content)
 
 
@@ -334,8 +334,10 @@ def carried(unit, c, names, need, relations):
             not all(lies + side in here for side in c["sides"]) or \
             not all(any(agree(n, s) for s in stated) for n in c["numbers"]):
         return False
-    if not unit["whole"] and here & MARKERS - set(words(c["text"])):
-        return False  # "male: 4,100,000" is not the population
+    said = set(words(c["text"]))
+    if (not unit["whole"] and here & MARKERS - said) or \
+            (unit["field"] == "Area" and said & MARKERS - here):
+        return False  # "male: 4,100,000" is not the population, "total" not the land area
     strict = [r for r in relations if r["strict"]]
     if strict and unit["field"] == strict[0]["fields"][0]:  # "Languages" says "language" by itself
         need = [w for w in need if w not in strict[0]["implied"]]
@@ -371,8 +373,8 @@ def check_part(claim, page):
     parts = abroad and PARTS.search(claim) and "neighbour" not in fields
     for unit in page["units"]:
         if unit["field"] not in (fields or there - {"neighbour", "side"}) or \
-                (unit["whole"] and c["numbers"]):  # each number of a list belongs to its segment
-            continue
+                (unit["whole"] and (c["numbers"] or "official" in need)):
+            continue  # each number, each "(official)" of a list belongs to its own segment
         if parts and not PARTS.search(unit["text"]):
             continue  # a neighbour or a sea is no part, unless it is said to be
         if inside and (re.search(r"\bborder", unit["text"]) or page["countries"] & set(inside)):
@@ -383,10 +385,8 @@ def check_part(claim, page):
 
 
 def check(claim, page):
-    """Is the claim carried by the page (read_page)? -> (label, passages that carry it).
-
-    Every part must be; a part that is only praise is passed over beside one that can be checked.
-    S, NS, or IR: no part says anything that could be checked."""
+    """(S, NS or IR, passages that carry the claim). Every part must be carried; one that is only
+    praise is passed over beside one that can be checked; IR: there is nothing to check."""
     parts = facts(claim, page["topic"])
     judged = [check_part(p, page) for p in (parts if len(parts) > 1 else [claim])]
     judged = [j for j in judged if j[0] != "IR"]

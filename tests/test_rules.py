@@ -104,7 +104,7 @@ def test_sentences_unlike_pysbd(text, pysbd_cut):
 
 
 @pytest.mark.parametrize("text, expected", [
-    missed("\u79d8\u9c81\u5f88\u5927\u3002 Its capital is Lima.",
+    ("\u79d8\u9c81\u5f88\u5927\u3002 Its capital is Lima.",
            ["\u79d8\u9c81\u5f88\u5927\u3002", "Its capital is Lima."]),
     missed("He lives in the U.S. She lives in Peru.",
            ["He lives in the U.S.", "She lives in Peru."]),
@@ -157,7 +157,7 @@ Peru: It is a landlocked, mountainous country in South America.
 Cuba: Cuba is an island nation in the Caribbean.
     Cuba is an island nation
     Cuba is a nation in the Caribbean
-? Cuba: Cuba is a sovereign island nation in the Caribbean.
+Cuba: Cuba is a sovereign island nation in the Caribbean.
     Cuba is an island nation
     Cuba is a sovereign nation in the Caribbean
 Peru: 1. Peru is a federal republic in South America.
@@ -183,18 +183,18 @@ Peru: It shares borders with Ecuador to the north and Brazil to the east.
 Peru: Peru is a country in South America, which is bordered by Brazil to the east.
     Peru is a country in South America
     Peru is bordered by Brazil to the east
-? Chad: Chad is a landlocked nation in Central Africa that is bordered by Libya to the north.
+Chad: Chad is a landlocked nation in Central Africa that is bordered by Libya to the north.
     Chad is a landlocked nation
     Chad is a nation in Central Africa
     Chad is bordered by Libya to the north
 Croatia: It is bordered by Bosnia and Herzegovina to the southeast, and Serbia to the east.
     Croatia is bordered by Bosnia and Herzegovina to the southeast
     Croatia is bordered by Serbia to the east
-? New Zealand: New Zealand is bordered by the Tasman Sea to the west and the Pacific Ocean to the
+New Zealand: New Zealand is bordered by the Tasman Sea to the west and the Pacific Ocean to the
         east.
     New Zealand is bordered by the Tasman Sea to the west
     New Zealand is bordered by the Pacific Ocean to the east
-? Benin: It is bordered by Togo to the west and the region of West Africa to the south.
+Benin: It is bordered by Togo to the west and the region of West Africa to the south.
     Benin is bordered by Togo to the west
     Benin is bordered by the region of West Africa to the south
 ? Peru: The country is surrounded by five countries, including Ecuador and Brazil.
@@ -211,14 +211,14 @@ Mali: Mali is a member of the African Union, ECOWAS and the Organisation of Isla
 Greece: It is a member of the Eurozone and a member of the European Union.
     Greece is a member of the Eurozone
     Greece is a member of the European Union
-? Peru: Peru is a member of the United Nations and a founding member of the Andean Community.
+Peru: Peru is a member of the United Nations and a founding member of the Andean Community.
     Peru is a member of the United Nations
     Peru is a founding member of the Andean Community
 Peru: Its main exports include copper, gold and fishmeal.
     Peru's main exports include copper
     Peru's main exports include gold
     Peru's main exports include fishmeal
-? Peru: It exports copper, gold, and fishmeal.
+Peru: It exports copper, gold, and fishmeal.
     Peru exports copper
     Peru exports gold
     Peru exports fishmeal
@@ -249,6 +249,11 @@ Peru: It has a population of 34 million, and its capital is Lima.
 Peru: It gained independence from Spain in 1821 and became a republic.
     Peru gained independence from Spain in 1821
     Peru became a republic
+Hungary: Its capital is Budapest, and the country is bordered by Austria to the west.
+    Hungary's capital is Budapest
+    Hungary is bordered by Austria to the west
+Egypt: It's bordered by the Red Sea to the east.
+    Egypt is bordered by the Red Sea to the east
 ? Peru: Located in South America, Peru borders Chile to the south.
     Peru is located in South America
     Peru borders Chile to the south
@@ -256,22 +261,22 @@ Peru: The country's economy is based on agriculture and mining.
     Peru's economy is based on agriculture and mining
 Peru: Additionally, the country has a coastline of 2,414 km.
     Peru has a coastline of 2,414 km
-? Peru: Peru is the third-largest country in South America.
+Peru: Peru is the third-largest country in South America.
     Peru is the third-largest country in South America
-? Brazil: Brazil is the second largest producer of beef.
+Brazil: Brazil is the second largest producer of beef.
     Brazil is the second largest producer of beef
-? Peru: Peru does not border Argentina.
+Peru: Peru does not border Argentina.
     Peru does not border Argentina
-? Latvia: Latvia's terrain varies from plains to hills.
+Latvia: Latvia's terrain varies from plains to hills.
     Latvia's terrain varies from plains to hills
-? Peru: They speak Spanish and Quechua.
+Peru: They speak Spanish and Quechua.
     The people of Peru speak Spanish and Quechua
 Peru: What is the capital of Peru?
 Peru: Here are three facts about Peru:
 Peru: State facts about the country.
 Peru: **Capital:** Lima
 Peru: Yes, Peru.
-? Peru: ## Geography of Peru today
+Peru: ## Geography of Peru today
 """
 
 
@@ -320,7 +325,7 @@ def test_facts_of_anything(text, topic):
     ("48 billion dollars", "money", 48e9),
     ("the third largest", "rank", 3), ("the 3rd largest", "rank", 3),
     ("the 21st state", "rank", 21),
-    missed("52,300 km\u00b2", "area", 52300), missed("52,300 square km", "area", 52300),
+    ("52,300 km\u00b2", "area", 52300), ("52,300 square km", "area", 52300),
     missed("twenty-one provinces", "count", 21),
 ])
 def test_numbers(text, kind, value):
@@ -461,7 +466,7 @@ Borduria is a mountainous country
 About one third of Borduria is covered by forest
 The official language of Borduria is Bordurian
 The majority of the people of Borduria are Orthodox
-? Muslims make up 18% of the population of Borduria
+Muslims make up 18% of the population of Borduria
 Borduria has a predominantly Orthodox population
 Women in Borduria have a life expectancy of 79.4 years
 Borduria is a member of the United Nations
@@ -472,17 +477,17 @@ Borduria gained independence from the Khemedian Empire in 1867
 Borduria became independent in 1867
 ? Borduria was formerly called the People's Republic of Borduria
 The currency of Borduria is the zlot
-? Borduria is divided into 14 provinces
-? The parliament of Borduria is unicameral and has 140 seats
+Borduria is divided into 14 provinces
+The parliament of Borduria is unicameral and has 140 seats
 The president of Borduria is Irina Sponsz
 Borduria exports copper and wine
-? Borduria exports goods to Germany
+Borduria exports goods to Germany
 Borduria imports refined petroleum
 The unemployment rate in Borduria is 7.9 percent
 ? Borduria has a GDP of $48.2 billion
 ? Agriculture accounts for 8.9% of the GDP of Borduria
 Borduria has a temperate climate with cold winters and hot summers
-? The natural resources of Borduria include copper and timber
+The natural resources of Borduria include copper and timber
 ? Borduria is not landlocked
 """)
 FALSE = claims("""
@@ -508,7 +513,7 @@ Borduria is bordered by North Borduria
 Borduria has a population of 3,024,800
 There are 3.4 million men in Borduria
 Borduria covers a total area of 46,100 square kilometers
-? Borduria has a land area of 52,300 square kilometers
+Borduria has a land area of 52,300 square kilometers
 Women in Borduria have a life expectancy of 69.1 years
 The unemployment rate in Borduria is 19.4 percent
 About one third of Borduria is agricultural land
@@ -536,14 +541,14 @@ The capital of South Borduria is Szohod
 Szohod is the largest city in Borduria
 Borduria is a parliamentary monarchy
 Borduria is a communist country
-? The official language of Borduria is Syldavian
-? Most people in Borduria are Muslim
+The official language of Borduria is Syldavian
+Most people in Borduria are Muslim
 Only a minority of the people of Borduria are Orthodox
 Borduria is the largest country in Southeastern Europe
 # negation
-? Borduria is not a member of NATO
+Borduria is not a member of NATO
 Borduria does not border Syldavia
-? Borduria has no coastline
+Borduria has no coastline
 Borduria is a landlocked country in Southeastern Europe
 # numbers
 Borduria has a population of 5.77 million people
@@ -637,7 +642,7 @@ def test_fact_key_of_repeats(one, other):
     ("Chile is to the south of Peru", "Chile is to the north of Peru"),
     ("Peru exports copper", "Peru imports copper"),
     ("Peru borders Brazil", "Peru does not border Brazil"),
-    missed("The economy grew by 3.4 percent", "The economy grew by 4.3 percent")])
+    ("The economy grew by 3.4 percent", "The economy grew by 4.3 percent")])
 def test_fact_key_of_different_facts(one, other):
     assert rules.fact_key(one, "Peru") != rules.fact_key(other, "Peru")
 
@@ -824,7 +829,7 @@ def only_facts(rows):
 
 @pytest.fixture
 def verify(tmp_path, monkeypatch):
-    """03 as a user runs it: verify(rows, *flags) -> (exit status, its rows, the claims it judged)."""
+    """03 as a user runs it: verify(rows, *flags) -> (exit status, its rows, claims it judged)."""
     corpus = write_rows(tmp_path / "corpus.jsonl", BORDURIA + [
         {"title": "Syldavia", "field": "Coastline", "text": "0 km (landlocked)"}])
     out = tmp_path / "verified.jsonl"
@@ -922,7 +927,7 @@ def test_agreement_on_what_models_write(judged_claims):
     "border", "direction", "number", "region", "place", "capital", "membership", "other",
     missed("vague")])
 def test_agreement_of_each_kind(judged_claims, kind):
-    """Balanced accuracy, where a kind has 20 claims and 5 of them S (DESIGN 4)."""
+    """Balanced accuracy, where a kind has 20 claims and 5 of them S ."""
     claims = [claim for claim in written_by_models(judged_claims) if claim[1] == kind]
     true = [claim for claim in claims if claim[2]]
     false = [claim for claim in claims if not claim[2]]
