@@ -94,7 +94,7 @@ def kind_of(claim, topic):
     for kind, pattern in rules.LEXICON["kinds"]:
         if re.search(pattern, low):
             return kind
-    if c["numbers"]:
+    if any(before not in rules.LEXICON["most"] for _, _, before in c["numbers"]):
         return "number"
     if re.search(rf"\b{rules.DIRECTION} of\b|\bto the {rules.DIRECTION}\b", low):
         return "direction"

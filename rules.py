@@ -1,5 +1,5 @@
 """
-Offline stand-ins for an LLM: no paper's idea lives here, no model, no network. 02 uses sentences and
+Offline stand-ins for an LLM: no paper's idea lives here, no model, no net. 02 uses sentences and
 facts, 03 read_page and check (does a page of a reference work carry a claim?), 04 and 06 fact_key.
 Word tables (verbs, units, relations and their fields, ...) are data: data/lexicon.json.
 """
@@ -332,7 +332,7 @@ def carried(unit, c, names, need, relations):
     lies = "lies-" * (unit["field"] in ("neighbour", "side"))
     if not all(f" {name} " in unit["words"] for name in names) or \
             not all(lies + side in here for side in c["sides"]) or \
-            not all(any(agree(n, s) for s in stated) for n in c["numbers"]):
+            not all(n[2] in here or any(agree(n, s) for s in stated) for n in c["numbers"]):
         return False
     said = set(words(c["text"]))
     if (not unit["whole"] and here & MARKERS - said) or \
