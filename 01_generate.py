@@ -139,9 +139,18 @@ def stop_tokens(model, tokenizer):
     return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
 
 
+def wrong_parts(row):
+    """What was expected of a prompt that is neither text nor messages; None where it is."""
+    keys = ("role", "content")
+    good = [isinstance(m, dict) and all(isinstance(m.get(key), str) for key in keys)
+            and m["role"].isidentifier() for m in as_messages(row["prompt"])]
+    if not good or not all(good) or not isinstance(row.get("prefix", ""), str):
+        return "'prompt' as text or messages {role, content}, and 'prefix' as text"
+
+
 def main():
     args = parse_args()
-    rows = read_jsonl(args.inp, {"prompt": (str, list)})
+    rows = read_jsonl(args.inp, {"prompt": (str, list)}, parts=wrong_parts)
     with output(args, rows) as (done, write, _):
         prompts = rows[:args.limit]
         todo = [f"{row['id']}/{k}" for row in prompts for k in range(args.n)]

