@@ -1,7 +1,6 @@
 """
-Offline stand-ins for an LLM: no paper's idea lives here, no model, no net. 02 uses sentences and
-facts, 03 read_page and check (does a page of a reference work carry a claim?), 04 and 06 fact_key.
-Word tables (verbs, units, relations and their fields, ...) are data: data/lexicon.json.
+Offline stand-ins for an LLM, no paper's idea. 02 uses sentences and facts, 03 read_page and check
+(does a page of a reference work carry a claim?), 04 and 06 fact_key; words: data/lexicon.json.
 """
 import json
 import re
@@ -136,7 +135,7 @@ def each_item(clause):
 
 def each_adjective(clause, subject):
     """"X is a landlocked state in Asia" -> "X is a landlocked state", "X is a state in Asia"."""
-    found = re.match(rf"({re.escape(subject)} (?:is|was)(?: also)?) an? "
+    found = re.match(rf"({re.escape(subject)} (?:is|was|are)(?: also)?) an? "
                      rf"((?:[\w-]+,? (?:and )?){{1,6}}?)({NOUN})(?! {NOUN})(.*\w.*)", clause)
     if not found or re.search(r"est\b|\b(?:most|only|first|second)\b", found[2]):
         return [clause]
@@ -281,6 +280,7 @@ def read_page(page, topic, titles=()):
             for side, name in re.findall(rf"\b({DIRECTION}) of (?:the )?({CAPITAL}[\w' ]*)", text):
                 sides[name] = f"{sides.get(name, '')} lies-{LEXICON['opposites'][stem(side)]}"
                 add("side", name + sides[name], passage)
+            text = re.sub(rf"\b{DIRECTION} of (?:the )?{NAME}", "", text)  # kept as a side
             for sea in filter(SEA.search, re.findall(NAME, text) if field == "Location" else []):
                 add("neighbour", sea + sides.get(sea, ""), passage)
         elif field == "Land boundaries":
@@ -299,7 +299,7 @@ def read_page(page, topic, titles=()):
             add(field, whole, passage, whole=True)
         for piece in re.split("[;,] ", text):
             add(field, piece, passage)
-    return {"units": units, "own": set(own) - FILLER, "topic": topic, "titles": titles,
+    return {"units": units, "own": set(own) - FILLER - {"island"}, "topic": topic, "titles": titles,
             "countries": {normal(t) for t in titles}}
 
 
@@ -310,6 +310,7 @@ def parse(claim, topic, titles=()):
     name = rf"(?:\bthe )?\b{re.escape(topic)}\b(?:['\u2019]s)?"
     text = re.sub(rf"(?i)({longer})|{about}{name}", lambda m: m[1] or "\u00b7", claim)
     text = SHARES.sub(lambda m: LEXICON["fractions"][m[0].lower()], text)
+    text = re.sub(rf"\b{DIRECTION}(?:ern)? (?={CAPITAL})", lambda m: m[0].capitalize(), text)
     names, rest = [], text
     for m in re.finditer(NAME, text):
         for name in list_items(re.sub(r"^The ", "", m[0])):
@@ -335,8 +336,7 @@ def carried(unit, c, names, need, relations):
             not all(n[2] in here or any(agree(n, s) for s in stated) for n in c["numbers"]):
         return False
     said = set(words(c["text"]))
-    if (not unit["whole"] and here & MARKERS - said) or \
-            (unit["field"] == "Area" and said & MARKERS - here):
+    if not unit["whole"] and (here ^ said) & MARKERS:
         return False  # "male: 4,100,000" is not the population, "total" not the land area
     strict = [r for r in relations if r["strict"]]
     if strict and unit["field"] == strict[0]["fields"][0]:  # "Languages" says "language" by itself
