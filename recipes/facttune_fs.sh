@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # FactTune-FS (Tian et al. 2023, arXiv 2311.08401) in the embedded world: rank a model's own samples by
-# the share of their facts that a reference work supports, then DPO. CPU, 2 cores, about 1 h 40 min.
+# the share of their facts that a reference work supports, then DPO. Not run at full size yet: 2 CPU
+# cores would need about 2 hours (480 prompts x 6 samples; sampling 160 tokens/s, training 150).
 # Real models: MODEL=<hub name> CORPUS=<JSONL of passages> PROMPTS=<JSONL> bash recipes/facttune_fs.sh
 set -e
 MODEL=${MODEL:-data/world/model}
