@@ -359,7 +359,7 @@ def tables(rows, found):
 def run_compare(args):
     k, pairs = args.k, [text.partition("=")[::2] for text in args.files]
     files = dict(pairs)
-    if len(files) < len(pairs) or not {"base"} <= set(files) <= set(NAMES):
+    if len(files) < len(pairs) or not {"base"} <= set(files) <= set(NAMES) or "" in files.values():
         die(f"expected NAME=FILE, each NAME once, base among them, all of {', '.join(NAMES)}; "
             f"found {' '.join(args.files)}")
     read = {name: read_responses(files[name], k) for name in NAMES if name in files}
@@ -369,6 +369,10 @@ def run_compare(args):
     rows = {name: summarise(*read[name], k, args.seed)
             for name in sorted(read, key=lambda name: name.startswith("tuned"))}
     sets = {name: responses for name, (responses, _) in read.items()}
+    prompts = {name: {r["prompt"] for r in responses} for name, responses in sets.items()}
+    for name in sets:
+        if not prompts[name] & prompts["base"]:
+            die(f"{files[name]}: expected prompts of {files['base']}, found none of them")
     found = verdicts(sets, rows, args.seed) if "tuned" in sets else []
     labels = " and ".join(sorted({field for _, field in read.values()}))
     text = (f"K = {k}, scored by {labels!r} of the facts; mean [95 % interval over topics], "
@@ -388,7 +392,8 @@ def run_agreement(args):
     fields = [field for field in args.by.split(",") if field]
     for field in ("human", *fields):
         if not any(field in fact for fact in both):
-            die(f"{args.inp}: expected facts with 'label', 'human' and {field!r}, found none")
+            die(f"{args.inp}: expected facts with 'label' (03_verify.py), 'human' and {field!r}, "
+                "found none")
     groups = {"all": both}
     for field in fields:
         for fact in both:

@@ -360,7 +360,7 @@ def check_part(claim, page):
         return ("NS" if c["names"] else "IR"), None, False
     there = {u["field"] for u in page["units"]} | {"neighbour", "side"}
     relations = [r for r in LEXICON["relations"] if there & set(r["fields"])
-                 and re.search(r["says"], claim.lower())]
+                 and re.search(r["says"], c["text"].lower())]
     relations = [r for r in relations if r["strict"]][:1] or relations  # a strict one decides alone
     fields = {field for r in relations for field in r["fields"]}
     solid = c["numbers"] or set(need) - VAGUE

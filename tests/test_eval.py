@@ -393,9 +393,10 @@ def test_compare_marks_precision_bought_by_saying_less(tmp_path):
 def test_compare_of_base_alone_and_of_other_prompts(tmp_path):
     found, text = compare(tmp_path, base=rows_of("S NS"))
     assert found["verdict"] == [] and "base best-of-1" in text
-    other = [row(f"u{i}-all", 0, "S") for i in range(3)]
-    found, _ = compare(tmp_path, base=rows_of("S NS"), tuned=other)
-    assert all(v["prompts"] == 0 and v["beats"] is None for v in found["verdict"])
+    base = write_rows(tmp_path / "b.jsonl", rows_of("S NS"))
+    other = write_rows(tmp_path / "o.jsonl", [row(f"u{i}-all", 0, "S") for i in range(3)])
+    done = call("06_eval.py", "compare", f"base={base}", f"tuned={other}", "--k", 4)
+    assert (done.returncode, done.stdout) == (2, "") and "found none of them" in done.stderr
 
 
 def test_compare_with_kinds_on_one_side(tmp_path):
