@@ -1,29 +1,32 @@
 """
-Stage 6. Score verified responses, compare models, hold a verifier against human labels.
+Stage 6. Score verified responses, compare models, hold a verifier against human labels, plot logs.
 
-Reads   verified.jsonl   03's rows {"id", "prompt_id", "topic", "response", "finish", "abstained",
-                         "sentences": [{"facts": [{"text", "label", "kind", "human"?}]}]}, labels
-                         S, NS, IR or null; FActScore's human-labelled files go in as they are
-Writes  stdout (compare also --out-md, --out-json); `score --json` is one object:
+Reads   03's rows {"id", "prompt_id", "topic", "response", "finish", "abstained", "sentences":
+        [{"facts": [{"text", "label", "kind", "human"?}]}]}, labels S, NS, IR or null; FActScore's
+        human-labelled files go in as they are; for plot 05's log.jsonl
+Writes  tables on stdout (compare also files), a picture; `score --json` prints one object:
   {"n_prompts": 104, "n_responses": 416, "n_topics": 26, "k": 5, "label": "label",
-   "metrics": {"f1_at_k": {"mean": 0.12, "lo": 0.10, "hi": 0.15}, ...},
+   "median_claims": 4.5, "metrics": {"f1_at_k": {"mean": 0.12, "lo": 0.10, "hi": 0.15}, ...},
    "by_kind": {"border": {"share": {"mean": 0.24, ...}, "precision": {"mean": 0.31, ...}}, ...}}
 
 Every metric is a mean over a prompt's responses, then over prompts; pooled figures are called so.
 Intervals are 95 % percentile bootstraps over topics: a topic's prompts are drawn together.
   * Repeated facts of a response (equal content words, the topic's own removed) count once, the
-    first of them. Facts that carry only a `human` label are left as they are.
+    first of them; facts with only a `human` label are left as they are.
   * No fact labelled S or NS: F1@K 0, no precision. No label at all, and abstained or empty: not
     responded. "facts" is a mean over those that responded (FActScore's way), supported and
     unsupported facts are means over all, so that silence lowers them.
   * More than 20 % of its facts null: unjudged, out of every figure made of labels.
+  * compare holds any NAME but base, base-cool and base-greedy against base and the better of these
+    three, column by column; NAME-cool and NAME-greedy are rows without a verdict.
 
 Not as in the papers: SAFE and FactAlign count repeated facts again and fix K (64, 100); here K is
-the median of S+NS of the base's development responses, frozen in data/protocol.json.
+the base's median_claims (S+NS of its judged dev responses), rounded up, kept in data/protocol.json.
 
   python 06_eval.py score --in runs/demo/base.jsonl
-  python 06_eval.py compare base=runs/x/base.jsonl base-cool=runs/x/cool.jsonl tuned=runs/x/1.jsonl
+  python 06_eval.py compare base=b.jsonl base-cool=bc.jsonl tuned=t.jsonl rft=r.jsonl --show 3
   python 06_eval.py agreement --in runs/label/verified.jsonl --by half,kind
+  python 06_eval.py plot dpo=runs/a/log.jsonl runs/b/log.jsonl --out curves.png
 """
 import argparse
 import json
@@ -33,6 +36,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean, median
+from textwrap import shorten
 
 from common import die, read_jsonl, report, run, write_whole
 from rules import fact_key
@@ -40,7 +44,6 @@ from rules import fact_key
 PROTOCOL = json.loads(Path(__file__).parent.joinpath("data", "protocol.json").read_text("utf-8"))
 LABELS = ("S", "NS", "IR", None)
 BASES = ("base", "base-cool", "base-greedy")
-NAMES = (*BASES, "tuned", "tuned-cool", "tuned-greedy")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
 WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
 PLAIN = ("supported", "unsupported", "facts", "words", "ratio")  # the others are shown in per cent
@@ -48,89 +51,75 @@ TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "cut_by_le
 PAIRED = ("base", "tuned", "difference", "ratio", "headroom")
 VERDICT = ("f1_at_k", "precision",
            "f1_at_k_without_border_direction", "precision_without_border_direction")
+PANELS = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")  # Okabe-Ito
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    p.set_defaults(suggest_k=False)
     score = commands.add_parser("score", help="all metrics of one file")
-    score.add_argument("--suggest-k", action="store_true", help="only print this base file's K")
     compare = commands.add_parser("compare", help="base and tuned in one table, and the verdict")
-    compare.add_argument("files", nargs="+", metavar="NAME=FILE", help=f"NAME: {', '.join(NAMES)}")
-    compare.add_argument("--out-md", metavar="FILE", help="write the tables there too")
+    compare.add_argument("files", nargs="+", metavar="NAME=FILE", help="base, tuned, ...")
+    compare.add_argument("--show", type=int, default=0, metavar="N", help="N pairs for the eye")
+    compare.add_argument("--out-md", metavar="FILE", help="write what is printed there too")
     compare.add_argument("--out-json", metavar="FILE", help="write the numbers there")
     agreement = commands.add_parser("agreement", help="a verifier's labels against human ones")
     agreement.add_argument("--by", default="", metavar="FIELD,...", help="of a fact or its row")
+    plot = commands.add_parser("plot", help="training curves")
+    plot.add_argument("files", nargs="+", metavar="[NAME=]FILE", help="05's log.jsonl")
+    plot.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png or .svg")
     for command in (score, agreement):
         command.add_argument("--in", dest="inp", required=True, metavar="FILE", help="03's rows")
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     for command in (score, compare):
-        command.add_argument("--k", type=int, default=PROTOCOL["k"],
-                             help="K of F1@K (default: data/protocol.json's)")
+        command.add_argument("--k", type=int, default=PROTOCOL["k"], help="of F1@K (protocol.json)")
         command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = p.parse_args()
-    if args.command != "agreement" and not args.suggest_k and (args.k or 0) < 1:
-        die(f"expected a K of at least 1, found {args.k}: give --k N, or write into "
-            "data/protocol.json what `score --suggest-k` prints for the base's dev responses")
+    if "k" in args and (args.k or 0) < 1:
+        die(f"expected --k of at least 1, found {args.k}; `score --k 1` prints median_claims")
     return args
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading
-
-def facts_of(row):
-    """Facts of 03's row, or of FActScore's own: its labels are human, no annotations: abstained."""
-    if "annotations" in row and "sentences" not in row:
-        row["abstained"] = row["annotations"] is None
-        return [{"text": fact["text"], "human": fact["label"]}
-                for sentence in row["annotations"] or []
-                for fact in sentence["human-atomic-facts"] or []]
-    return [fact for sentence in row["sentences"] for fact in sentence["facts"]]
-
+# From rows to the metrics of one response, then to means: each a ratio of two sums over topics
 
 def read_facts(path):
-    """[(row, its facts)], each fact checked."""
-    rows, read = read_jsonl(path, {"response": str}, made_by="03_verify.py"), []
-    lines = Path(path).read_bytes().splitlines()
-    for n, row in zip([n for n, line in enumerate(lines, 1) if line.strip()], rows):
+    """03's rows or FActScore's own, each with all of its facts, checked, as "facts"."""
+    def wrong(row):
         try:
-            facts = facts_of(row)
-            wrong = [fact for fact in facts if not isinstance(fact["text"], str)
-                     or not isinstance(fact.get("kind", ""), str)
-                     or fact.get("label") not in LABELS or fact.get("human") not in LABELS]
+            if "annotations" in row and "sentences" not in row:  # FActScore's; null: abstained
+                row["abstained"] = row["annotations"] is None
+                row["facts"] = [{"text": fact["text"], "human": fact["label"]}
+                                for sentence in row["annotations"] or []
+                                for fact in sentence["human-atomic-facts"] or []]
+            else:
+                row["facts"] = [fact for some in row["sentences"] for fact in some["facts"]]
+            bad = [fact for fact in row["facts"]
+                   if {type(fact["text"]), type(fact.get("kind", ""))} != {str}
+                   or not {fact.get("label"), fact.get("human")} <= set(LABELS)
+                   or not all(type(found) is dict for found in fact.get("evidence") or [])]
         except (KeyError, TypeError, AttributeError) as error:
-            wrong = [f"{type(error).__name__} {error}"]
-        if wrong:
-            die(f"{path}:{n}: expected 'sentences' of 'facts' with text and label S, NS, IR or "
-                f"null (03_verify.py writes them), found {wrong[0]!r:.80}")
-        read.append((row, facts))
-    return read
+            bad = [f"{type(error).__name__} {error}"]
+        return bad and ("'sentences' of 'facts' with text and label S, NS, IR or null "
+                          f"(03_verify.py writes them), not {bad[0]!r:.80}")
+    return read_jsonl(path, {"response": str}, made_by="03_verify.py", parts=wrong)
 
 
 def read_responses(path, k):
-    """(responses {"prompt", "topic", "values"}, the label that scores them: "label" or "human")."""
-    read, responses = read_facts(path), []
-    fields = {field for _, facts in read for fact in facts for field in fact}
-    field = "human" if "human" in fields and "label" not in fields else "label"
-    kinds = sorted({fact["kind"] for _, facts in read for fact in facts if "kind" in fact})
-    for row, said in read:
-        if not all(field in fact for fact in said):
-            die(f"{path}: expected {field!r} in every fact (03_verify.py), not so in {row['id']!r}")
-        facts, n_said = [(fact[field], fact.get("kind")) for fact in said], 0
-        if field == "label":
-            n_said = len(said)
-            keys = [fact_key(fact["text"], str(row.get("topic") or "")) for fact in said]
-            facts = [fact for i, fact in enumerate(facts) if keys[i] not in keys[:i]]
-        prompt = str(row.get("prompt_id") or row["id"])
-        responses.append({"prompt": prompt, "topic": str(row.get("topic") or prompt),
-                          "values": measure(row, facts, n_said, k, kinds)})
-    return responses, field
+    """Responses {"prompt", "topic", "row", "label", "values"}: "label" or "human" scores them."""
+    rows = read_facts(path)
+    fields = {field for row in rows for fact in row["facts"] for field in fact}
+    label = "human" if "human" in fields and "label" not in fields else "label"
+    kinds = sorted({fact["kind"] for row in rows for fact in row["facts"] if "kind" in fact})
+    for row in rows:
+        if not all(label in fact for fact in row["facts"]):
+            die(f"{path}: expected {label!r} in every fact (03_verify.py), not so in {row['id']!r}")
+        row["prompt_id"] = str(row.get("prompt_id") or row["id"])
+    return [{"prompt": row["prompt_id"], "topic": str(row.get("topic") or row["prompt_id"]),
+             "row": row, "label": label, "values": measure(row, label, k, kinds)} for row in rows]
 
-
-# ---------------------------------------------------------------------------------------------
-# One response. Its facts are pairs (label, kind)
 
 def ratio(a, b):
     return a / b if b else None
@@ -150,7 +139,7 @@ def length_penalty(n, gamma=10):
 
 
 def rates(facts, k):
-    """What labels say of a list of facts; None where nothing, all None where > 20 % are null."""
+    """What labels say of [(label, kind)]; None where nothing, all None where > 20 % are null."""
     s, ns, ir, null = (sum(label == wanted for label, _ in facts) for wanted in LABELS)
     n = s + ns + ir
     found = {"f1_at_k": f1_at_k(s, ns, k), "precision": ratio(s, s + ns), "factscore": ratio(s, n),
@@ -159,12 +148,13 @@ def rates(facts, k):
     return dict.fromkeys(found) if 5 * null > len(facts) else found
 
 
-def measure(row, facts, n_said, k, kinds=()):
-    """{metric: value} of one response, None where it has none.
-
-    n_said counts repeated facts as well (0: not looked for). Keys (kind, "share") and
-    (kind, "precision") are by kind, for all kinds of the file.
-    """
+def measure(row, label, k, kinds):
+    """{metric, or (kind, "share" or "precision"): value} of one response; None: it has none."""
+    said, once = row["facts"], {}
+    for i, fact in enumerate(said):
+        key = fact_key(fact["text"], str(row.get("topic") or "")) if label == "label" else i
+        once.setdefault(key, (fact[label], fact.get("kind")))
+    facts = list(once.values())
     values = rates(facts, k)
     unjudged = values["supported"] is None
     for name, left_out in WITHOUT.items():
@@ -176,23 +166,17 @@ def measure(row, facts, n_said, k, kinds=()):
         values[kind, "share"] = ratio(len(part), len(facts))
         values[kind, "precision"] = rates(facts if unjudged else part, k)["precision"]
     # 02 passes over a reasoning block, too
-    text = re.sub(r"^\s*<think>.*?(</think>|$)", "", row["response"], flags=re.DOTALL)
-    labelled = any(label for label, _ in facts)
-    responded = labelled or not (row.get("abstained") or not text.strip())
-    cut = row["finish"] == "length" if "finish" in row else None
-    return values | {"facts": len(facts) if responded else None, "words": len(text.split()),
-                     "responded": responded, "repeated": ratio(n_said - len(facts), n_said),
-                     "unjudged": unjudged, "cut_by_length": cut}
+    words = re.sub(r"^\s*<think>.*?(</think>|$)", "", row["response"], flags=re.DOTALL).split()
+    responded = any(fact[0] for fact in facts) or bool(words) and not row.get("abstained")
+    repeated = ratio(len(said) - len(facts), len(said)) if label == "label" else None
+    return values | {"facts": len(facts) if responded else None, "words": len(words),
+                     "responded": responded, "repeated": repeated, "unjudged": unjudged,
+                     "cut_by_length": row["finish"] == "length" if "finish" in row else None}
 
-
-# ---------------------------------------------------------------------------------------------
-# Means and intervals: every figure is a ratio of two sums over topics
 
 def estimate(topic_of, num, den=None, seed=0, resamples=2000):
     """sum(num) / sum(den), each {prompt: number}, and its interval; without den the mean of num.
-
-    No interval with one topic only, or where a resample has nothing to divide by.
-    """
+    No interval with one topic only, or where a resample has nothing to divide by."""
     import numpy as np
     sums = {}
     for prompt in num:
@@ -217,14 +201,15 @@ def by_prompt(responses, name, reduce=fmean):
     return {prompt: reduce(values) for prompt, values in found.items()}
 
 
-def summarise(responses, field, k, seed=0):
+def summarise(responses, k, seed=0):
     """The object that `score --json` prints."""
     topic_of, metrics, by_kind = {r["prompt"]: r["topic"] for r in responses}, {}, {}
-    unjudged = sum(r["values"]["unjudged"] for r in responses)
+    claims = [r["values"]["supported"] + r["values"]["unsupported"] for r in responses
+              if not r["values"]["unjudged"]]
     for name in responses[0]["values"]:
         found = estimate(topic_of, by_prompt(responses, name), seed=seed)
         if found["mean"] is None:
-            found["reason"] = f"none in {len(responses)} responses, {unjudged} of them unjudged"
+            found["reason"] = f"none in {len(responses)} responses, {len(claims)} of them judged"
         if isinstance(name, tuple):
             by_kind.setdefault(name[0], {})[name[1]] = found
         else:
@@ -232,16 +217,14 @@ def summarise(responses, field, k, seed=0):
     s, ns = (by_prompt(responses, name, sum) for name in ("supported", "unsupported"))
     metrics["precision_pooled"] = estimate(topic_of, s, {p: s[p] + ns[p] for p in s}, seed)
     return {"n_prompts": len(topic_of), "n_responses": len(responses),
-            "n_topics": len(set(topic_of.values())), "k": k, "label": field,
+            "n_topics": len(set(topic_of.values())), "k": k, "label": responses[0]["label"],
+            "median_claims": median(claims) if claims else None,
             "metrics": metrics, "by_kind": by_kind}
 
 
 def paired(tuned, base, name, seed=0, resamples=2000):
-    """Tuned against base in one column, on the prompts where both have a value.
-
-    difference tuned - base; ratio tuned / base; headroom taken (tuned - base) / (best - base), best
-    the mean over prompts of the best of the base's responses in this column.
-    """
+    """Tuned against base in one column, on the prompts where both have a value. headroom: the part
+    taken of best - base, best the mean over prompts of the best of the base's responses."""
     topic_of = {r["prompt"]: r["topic"] for r in base}
     t, b, best = by_prompt(tuned, name), by_prompt(base, name), by_prompt(base, name, max)
     both = [prompt for prompt in b if prompt in t]
@@ -249,17 +232,39 @@ def paired(tuned, base, name, seed=0, resamples=2000):
     gain, room = ({p: side[p] - b[p] for p in both} for side in (t, best))
     parts = {"base": (of_base, None), "tuned": (of_tuned, None), "difference": (gain, None),
              "ratio": (of_tuned, of_base), "headroom": (gain, room)}
-    return {"prompts": len(both), **{part: estimate(topic_of, num, den, seed, resamples)
-                                     for part, (num, den) in parts.items()}}
+    found = {part: estimate(topic_of, *sums, seed, resamples) for part, sums in parts.items()}
+    return {"prompts": len(both), **found, "beats": (found["difference"]["lo"] or 0) > 0}
 
 
-def agree(pairs):
-    """[(label, human)] -> agreement on S against not-S; null labels are counted apart."""
-    cells = Counter((label == "S", human == "S") for label, human in pairs if label is not None)
+def best_of(responses):
+    """Of each prompt the response with the highest F1@K, the first of equals."""
+    best, f1 = {}, [r["values"]["f1_at_k"] for r in responses]
+    for i in sorted(range(len(responses)), key=lambda i: 1 if f1[i] is None else -f1[i]):
+        best.setdefault(responses[i]["prompt"], responses[i])
+    return list(best.values())
+
+
+def verdicts(sets, rows, tuned, seed):
+    """Each tuned NAME against base sampled and the better of base's decodings, column by column."""
+    for column in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
+        better = max((base for base in BASES if base in sets),
+                     key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
+        for name in tuned:
+            for against in dict.fromkeys(("base", better)):
+                row = paired(sets[name], sets[against], column, seed)
+                if against != "base":
+                    row["headroom"] = None  # it is defined over the base's samples
+                yield {"name": name, "column": column, "against": against,
+                       "is_better": against == better, **row}
+
+
+def agree(facts):
+    """Agreement of label and human on S against not-S; null labels are counted apart."""
+    cells = Counter((f["label"] == "S", f["human"] == "S") for f in facts if f["label"] is not None)
     tp, fp, fn, tn = (cells[a, b] for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
     n, recall, specificity = tp + fp + fn + tn, ratio(tp, tp + fn), ratio(tn, tn + fp)
     chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)  # n^2 times agreement by chance
-    return {"facts": n, "null": len(pairs) - n, "accuracy": ratio(tp + tn, n),
+    return {"facts": n, "null": len(facts) - n, "accuracy": ratio(tp + tn, n),
             "kappa": ratio(n * (tp + tn) - chance, n * n - chance), "always_ns": ratio(tn + fp, n),
             "recall": recall, "precision": ratio(tp, tp + fp),
             "balanced": None if None in (recall, specificity) else (recall + specificity) / 2,
@@ -267,7 +272,7 @@ def agree(pairs):
 
 
 # ---------------------------------------------------------------------------------------------
-# The commands
+# Tables and commands
 
 def cell(found, name=""):
     """A mean and its interval, as tables show them."""
@@ -286,134 +291,146 @@ def table(header, body):
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines) + "\n"
 
 
-def run_score(args):
-    k = 1 if args.suggest_k else args.k
-    responses, field = read_responses(args.inp, k)
-    found = summarise(responses, field, k, args.seed)
-    if args.suggest_k:
-        claims = [r["values"]["supported"] + r["values"]["unsupported"] for r in responses
-                  if not r["values"]["unjudged"]] or die(f"{args.inp}: every response is unjudged")
-        k = max(1, math.ceil(median(claims)))
-        print(f"K {k}, 2K {2 * k}: median S+NS of {len(claims)} responses is {median(claims):g}")
-    elif args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print(f"{args.inp}: K = {k}, scored by {field!r} of its facts\n")
-        print(table(["metric", "mean [95 % interval]"], [
-            [name, m.get("reason", cell(m, name))] for name, m in found["metrics"].items()]))
-        print(table(["kind", "share", "precision"], [
-            [kind, cell(m["share"]), cell(m["precision"])]
-            for kind, m in found["by_kind"].items()]))
-    report(responses=len(responses), prompts=found["n_prompts"], topics=found["n_topics"], k=k,
-           label=field, unjudged=sum(r["values"]["unjudged"] for r in responses))
-
-
-def best_of(responses):
-    """Of each prompt the response with the highest F1@K, the first of equals."""
-    best, f1 = {}, [r["values"]["f1_at_k"] for r in responses]
-    for i in sorted(range(len(responses)), key=lambda i: 1 if f1[i] is None else -f1[i]):
-        best.setdefault(responses[i]["prompt"], responses[i])
-    return list(best.values())
-
-
-def verdicts(sets, rows, seed):
-    """Tuned against base sampled and against the better of base's decodings, column by column."""
-    found = []
-    for name in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
-        better = max((base for base in BASES if base in sets),
-                     key=lambda base: rows[base]["metrics"][name]["mean"] or 0)
-        for against in dict.fromkeys(("base", better)):
-            row = paired(sets["tuned"], sets[against], name, seed)
-            low = row["difference"]["lo"]
-            if against != "base":
-                row["headroom"] = None  # it is defined over the base's samples
-            found.append({"column": name, "against": against, "is_better": against == better, **row,
-                          "beats": None if low is None else low > 0})
-    return found
-
-
 def tables(rows, found):
     """Markdown of compare: rows {label: summary}, found the verdicts."""
-    body, of_base = [], rows["base"]["metrics"]["supported"]["mean"]
-    for label, row in rows.items():
-        line = [cell(row["metrics"][name], name) for name in TABLE]
-        line[1] += " †" * ((row["metrics"]["supported"]["mean"] or 0) < (of_base or 0))
+    body, supported = [], {name: row["metrics"]["supported"]["mean"] for name, row in rows.items()}
+    for name, row in rows.items():
+        line = [cell(row["metrics"][column], column) for column in TABLE]
+        line[1] += " †" * ((supported[name] or 0) < (supported["base"] or 0))
         line[4:] = [text.split(" [")[0] for text in line[4:]]  # intervals for the main columns only
-        body.append([label, str(row["n_prompts"]), *line])
+        body.append([name + " by human" * (row["label"] == "human"), str(row["n_prompts"]), *line])
     text = table(["", "prompts", *TABLE], body) + "† fewer supported facts than base\n\n"
-    if not found:
-        return text
-    text += table(["tuned against", "prompts", *PAIRED], [
-        [f"{row['against']}, {row['column']}", str(row["prompts"]),
-         *(cell(row[part], part) for part in PAIRED)] for row in found])
-    says = {True: "beats", False: "does not beat", None: "cannot be told from"}
+    body, says = [], {True: "beats", False: "does not beat"}
     for row in found:
-        if row["is_better"]:
-            text += (f"- {row['column']}: tuned {says[row['beats']]} {row['against']}, "
-                     "the better of the base's decodings given\n")
-    if not set(BASES) <= set(rows):
-        text += "- base-cool or base-greedy is missing: mere sharpening is not ruled out\n"
+        verb = says[row["beats"]] if row["is_better"] else "against"
+        body.append([f"{row['column']}: {row['name']} {verb} {row['against']}",
+                     str(row["prompts"]), *(cell(row[part], part) for part in PAIRED)])
+    if found:
+        text += table(["verdict: against base's better decoding", "prompts", *PAIRED], body)
+        if not set(BASES) <= set(rows):
+            text += "base-cool or base-greedy is missing: mere sharpening is not ruled out\n"
     return text
 
 
+def side_by_side(sets, n):
+    """Markdown of n prompts, spread over those of all sets: first responses, labelled facts."""
+    first = {name: {r["prompt"]: r for r in reversed(sets[name])} for name in sets}
+    shared = [p for p in reversed(first["base"]) if all(p in found for found in first.values())]
+    for prompt in dict.fromkeys(shared[i * len(shared) // n] for i in range(n if shared else 0)):
+        yield f"\n## {prompt}\n"
+        for name in first:
+            row, label = first[name][prompt]["row"], first[name][prompt]["label"]
+            yield f"\n{name}: {' '.join(row['response'].split()) or '(empty)'}\n\n"
+            for fact in row["facts"]:
+                line = f"({fact.get('kind', '-')}) {fact['text']}"
+                if fact[label] == "S" and fact.get("evidence"):
+                    found = {"field": "passage", "text": "", **fact["evidence"][0]}
+                    line = f"{shorten(line, 64)} <- {found['field']}: {found['text']}"
+                yield f"    {fact[label] or '-':<3} {shorten(line, 92)}\n"
+
+
+def curves(logs, window=10):
+    """A figure of {run: rows of its log.jsonl}, with a panel for each of PANELS that some has."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
+    logged = {name.removeprefix("eval_") for log in logs.values() for row in log for name in row}
+    panels = [name for name in PANELS if name in logged]
+    figure = Figure((1 + 3 * len(panels), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        axes.set(xlabel="step", ylabel=name)
+        for (run_name, log), colour in zip(logs.items(), COLOURS):
+            steps = {row["step"]: row[name] for row in log if name in row}
+            held = {row["step"]: row[f"eval_{name}"] for row in log if f"eval_{name}" in row}
+            values = list(steps.values())
+            means = [fmean(values[max(0, i - window):i]) for i in range(1, len(values) + 1)]
+            axes.plot(list(steps), means, color=colour, label=run_name)
+            axes.plot(list(held), list(held.values()), "o", color=colour)
+    if len(panels) > 1:  # some run has rewards: this is DPO's loss where policy is reference
+        figure.axes[0].axhline(math.log(2), color="black", linestyle=":", label="ln 2")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  title=f"lines: mean of {window} steps; dots: held out")
+    return figure
+
+
+def run_score(args):
+    responses = read_responses(args.inp, args.k)
+    found = summarise(responses, args.k, args.seed)
+    text = f"{args.inp}: K = {args.k}, scored by {found['label']!r} of its facts\n\n"
+    text += table(["metric", "mean [95 % interval]"], [
+        [name, m.get("reason", cell(m, name))] for name, m in found["metrics"].items()])
+    text += table(["kind", "share", "precision"], [
+        [kind, *map(cell, m.values())] for kind, m in found["by_kind"].items()])
+    print(json.dumps(found, indent=1) if args.json else text)
+    report(responses=len(responses), unjudged=sum(r["values"]["unjudged"] for r in responses),
+           median_claims=found["median_claims"])
+
+
 def run_compare(args):
-    k, pairs = args.k, [text.partition("=")[::2] for text in args.files]
-    files = dict(pairs)
-    if len(files) < len(pairs) or not {"base"} <= set(files) <= set(NAMES) or "" in files.values():
-        die(f"expected NAME=FILE, each NAME once, base among them, all of {', '.join(NAMES)}; "
-            f"found {' '.join(args.files)}")
-    read = {name: read_responses(files[name], k) for name in NAMES if name in files}
-    base, field = read["base"]
-    n = max(Counter(r["prompt"] for r in base).values())
-    read[f"base best-of-{n}"] = best_of(base), field
-    rows = {name: summarise(*read[name], k, args.seed)
-            for name in sorted(read, key=lambda name: name.startswith("tuned"))}
-    sets = {name: responses for name, (responses, _) in read.items()}
-    prompts = {name: {r["prompt"] for r in responses} for name, responses in sets.items()}
-    for name in sets:
-        if not prompts[name] & prompts["base"]:
+    files = dict(text.partition("=")[::2] for text in args.files)
+    others = [name for name in files if name not in BASES]
+    if ("base" not in files or len(files) < len(args.files) or "" in (*files, *files.values())
+            or any(name.startswith("base") for name in others)):
+        die("expected NAME=FILE, each NAME once, base among them; of names in base... there are "
+            f"only {', '.join(BASES)}; found {' '.join(args.files)}")
+    tuned = [name for name in others if not name.endswith(("-cool", "-greedy"))]
+    sets = {name: read_responses(files[name], args.k) for name in BASES if name in files}
+    times = Counter(r["prompt"] for r in sets["base"])
+    sets[f"base best-of-{max(times.values())}"] = best_of(sets["base"])
+    sets |= {name: read_responses(files[name], args.k) for name in others}
+    for name, responses in sets.items():
+        if not any(r["prompt"] in times for r in responses):
             die(f"{files[name]}: expected prompts of {files['base']}, found none of them")
-    found = verdicts(sets, rows, args.seed) if "tuned" in sets else []
-    labels = " and ".join(sorted({field for _, field in read.values()}))
-    text = (f"K = {k}, scored by {labels!r} of the facts; mean [95 % interval over topics], "
-            "differences in points\n\n" + tables(rows, found))
+    rows = {name: summarise(responses, args.k, args.seed) for name, responses in sets.items()}
+    found = list(verdicts(sets, rows, tuned, args.seed))
+    text = f"K = {args.k}; mean [95 % interval over topics], differences in points\n\n"
+    text += tables(rows, found)
+    text += "".join(side_by_side({name: sets[name] for name in ("base", *tuned)}, args.show))
     print(text, end="")
-    if args.out_md:
-        write_whole(args.out_md, text)
-    if args.out_json:
-        whole = {"k": k, "rows": rows, "verdict": found}
-        write_whole(args.out_json, json.dumps(whole, indent=1) + "\n")
-    report(files=len(files), prompts=rows["base"]["n_prompts"], k=k)
+    numbers = json.dumps({"k": args.k, "rows": rows, "verdict": found}, indent=1) + "\n"
+    for path, written in ((args.out_md, text), (args.out_json, numbers)):
+        if path:
+            write_whole(path, written)
+    report(files=len(files), prompts=len(times), k=args.k)
 
 
 def run_agreement(args):
-    both = [{**row, **fact} for row, facts in read_facts(args.inp) for fact in facts
+    both = [{**row, **fact} for row in read_facts(args.inp) for fact in row["facts"]
             if "label" in fact and fact.get("human")]
     fields = [field for field in args.by.split(",") if field]
     for field in ("human", *fields):
         if not any(field in fact for fact in both):
-            die(f"{args.inp}: expected facts with 'label' (03_verify.py), 'human' and {field!r}, "
-                "found none")
-    groups = {"all": both}
+            die(f"{args.inp}: expected facts with 03's label, human and {field!r}, found none")
+    found = {"all": agree(both)}
     for field in fields:
-        for fact in both:
-            groups.setdefault(f"{field} {fact.get(field)}", []).append(fact)
-    found = {name: agree([(fact["label"], fact["human"]) for fact in group])
-             for name, group in groups.items()}
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print("S against not-S; tp: both say S, fp: only the verifier, fn: only the human\n")
-        print(table(["", *found["all"]], [[name, *(
-            "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-            for value in row.values())] for name, row in found.items()]))
+        for value in dict.fromkeys(str(fact.get(field)) for fact in both):
+            found[f"{field} {value}"] = agree([f for f in both if str(f.get(field)) == value])
+    text = "S against not-S; tp: both say S, fp: only the verifier, fn: only the human\n\n"
+    text += table(["", *found["all"]], [[name, *(
+        "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+        for value in row.values())] for name, row in found.items()])
+    print(json.dumps(found, indent=1) if args.json else text)
     report(facts=len(both), groups=len(found))
+
+
+def run_plot(args):
+    def wrong(row):
+        fine = all(type(v) in (int, float) and abs(v) < 1e99 for k, v in row.items() if k != "id")
+        return None if fine and {"loss", "eval_loss"} & set(row) else "finite numbers, also a loss"
+    logs = {}
+    for name, _, path in (text.rpartition("=") for text in args.files):
+        logs[name or path] = read_jsonl(path, {"step": int}, "05_train.py", parts=wrong)
+    if not len(args.files) == len(logs) <= len(COLOURS) or not args.out.endswith((".png", ".svg")):
+        die(f"expected at most {len(COLOURS)} logs, each NAME once, and a .png or .svg as --out, "
+            f"found {', '.join(args.files)} and {args.out}")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    curves(logs).savefig(args.out, dpi=150)
+    report(runs=len(logs), rows=sum(map(len, logs.values())))
 
 
 def main():
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    {"score": run_score, "compare": run_compare, "agreement": run_agreement}[args.command](args)
+    {"score": run_score, "compare": run_compare, "agreement": run_agreement,
+     "plot": run_plot}[args.command](args)
     return 0
 
 

@@ -20,8 +20,10 @@ demo: world
 	$(PY) 01_generate.py --prompts $(D)/train.jsonl --out $(D)/samples.jsonl
 	$(PY) 02_decompose.py --in $(D)/samples.jsonl --out $(D)/facts.jsonl
 	$(PY) 03_verify.py --in $(D)/facts.jsonl --out $(D)/verified.jsonl
-	$(PY) 04_build_prefs.py facttune --in $(D)/verified.jsonl --out $(D)/prefs.jsonl --reward f1
-	$(PY) 05_train.py --prefs $(D)/prefs.jsonl --out $(D)/tuned --lr 3e-5
+	$(PY) 04_build_prefs.py facttune --in $(D)/verified.jsonl --out $(D)/prefs.jsonl --reward f1 --k 10 \
+	  --eval-out $(D)/prefs_heldout.jsonl --holdout 0.2 --eval-prompts $(D)/dev.jsonl
+	$(PY) 05_train.py --prefs $(D)/prefs.jsonl --eval-prefs $(D)/prefs_heldout.jsonl --out $(D)/tuned --full --lr 3e-5
+	$(PY) tests/demo_check.py $(D)/tuned/log.jsonl
 	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/base.samples.jsonl
 	$(PY) 02_decompose.py --in $(D)/base.samples.jsonl --out $(D)/base.facts.jsonl
 	$(PY) 03_verify.py --in $(D)/base.facts.jsonl --out $(D)/base.jsonl

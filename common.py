@@ -128,7 +128,7 @@ def same_run(out, args, rows):
     return memo, dumps({"flags": flags, "rows": len(rows), "sha256": digest(rows)}) + "\n"
 
 
-def _lock(f, out):
+def lock(f, out):
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,7 +164,7 @@ def output(args, rows, again=lambda row: False):
     memo, text = same_run(out, args, rows)
     failed = Path(f"{out}.failed")
     with open(out, "a+b") as f:
-        _lock(f, out)
+        lock(f, out)
         if args.overwrite:
             f.truncate(0)
         write_whole(memo, text)

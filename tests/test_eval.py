@@ -1,6 +1,7 @@
 """06: every number against one that was worked out by hand or by another program."""
 import json
 import math
+import os
 import random
 
 import numpy as np
@@ -204,11 +205,14 @@ def test_factscore_files_as_they_are(tmp_path):
     assert got["f1_at_k"] == pytest.approx((4 / 7 + 0 + 0) / 3)  # (2/3, 1/2) -> 4/7; silence is 0
 
 
-def test_suggest_k(tmp_path):
+def test_median_claims_is_where_k_comes_from(tmp_path):
     rows = [row("chad-all", 0, "S NS IR"), row("chad-all", 1, "S NS NS"), row("peru-all", 0, "-")]
+    assert score(tmp_path, rows[2:])["median_claims"] is None
+    assert score(tmp_path, rows)["median_claims"] == 2.5  # of 2 and 3; the third is unjudged
     path = write_rows(tmp_path / "v.jsonl", rows)
-    done = call("06_eval.py", "score", "--in", path, "--suggest-k")
-    assert done.returncode == 0 and done.stdout == "K 3, 2K 6: median S+NS of 2 responses is 2.5\n"
+    for flags in ((), ("--json",)):
+        done = call("06_eval.py", "score", "--in", path, "--k", 1, *flags)
+        assert done.returncode == 0 and "median_claims:    2.5\n" in done.stderr
 
 
 def test_k_comes_from_the_protocol_or_the_flag(tmp_path, monkeypatch, capsys):
@@ -219,7 +223,7 @@ def test_k_comes_from_the_protocol_or_the_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ev.PROTOCOL, "k", None)
     with pytest.raises(SystemExit) as stop:
         ev.parse_args()
-    assert stop.value.code == 2 and "--suggest-k" in capsys.readouterr().err
+    assert stop.value.code == 2 and "median_claims" in capsys.readouterr().err
 
 
 # Intervals
@@ -358,7 +362,8 @@ def test_compare_rows_and_verdict(tmp_path):
     assert against_cool["beats"] is False and against_cool["is_better"] is True
     assert against_cool["headroom"] is None
     assert verdict["f1_at_k", "base-cool"]["is_better"]  # (1/2, 1/2) against greedy's (1/2, 1/4)
-    assert "precision: tuned does not beat base-cool" in text and "sharpening" not in text
+    assert "| precision: tuned does not beat base-cool " in text and "sharpening" not in text
+    assert "| precision: tuned against base " in text  # beaten, but it is not the better one
 
 
 def test_compare_better_is_chosen_by_column(tmp_path):
@@ -399,18 +404,107 @@ def test_compare_of_base_alone_and_of_other_prompts(tmp_path):
     assert (done.returncode, done.stdout) == (2, "") and "found none of them" in done.stderr
 
 
+def test_compare_of_one_topic_has_no_verdict_in_favour(tmp_path):
+    found, text = compare(tmp_path, base=rows_of("NS NS")[:1], tuned=rows_of("S S")[:1])
+    assert found["verdict"][0]["difference"] == {"mean": 2 / 3, "lo": None, "hi": None}
+    assert found["verdict"][0]["beats"] is False and "f1_at_k: tuned does not beat base" in text
+
+
+def test_compare_says_which_rows_humans_labelled(tmp_path):
+    human = [row(f"{t}-all", 0, "", sentences=[{"facts": [{"text": "a", "human": "S"}]}])
+             for t in TOPICS]
+    _, text = compare(tmp_path, base=rows_of("S NS"), tuned=human)
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert names[2:5] == ["base", "base best-of-1", "tuned by human"]
+
+
 def test_compare_with_kinds_on_one_side(tmp_path):
     found, _ = compare(tmp_path, base=rows_of("S NS", kinds="place border"), tuned=rows_of("S NS"))
     prompts = {v["column"]: v["prompts"] for v in found["verdict"]}
     assert (prompts["precision"], prompts["precision_without_border_direction"]) == (12, 0)
 
 
+def test_compare_of_many_methods(tmp_path):
+    """Each NAME has its own verdict against the base; its -cool and -greedy are rows only."""
+    base = rows_of("S NS NS NS", "NS NS NS NS")  # precision 1/4 and 0
+    found, text = compare(tmp_path, rft_cool=rows_of("S"), rft=rows_of("NS NS"), base=base,
+                          tuned_greedy=rows_of("S S"), apeft=rows_of("S NS", "S S NS NS"))
+    assert list(found["rows"]) == ["base", "base best-of-2", "rft-cool", "rft", "tuned-greedy",
+                                   "apeft"]
+    verdict = {v["name"]: v for v in found["verdict"] if v["column"] == "precision"}
+    assert {name: v["difference"]["mean"] for name, v in verdict.items()} == {
+        "rft": 0 - 1 / 8, "apeft": 1 / 2 - 1 / 8}
+    assert verdict["apeft"]["headroom"]["mean"] == (1 / 2 - 1 / 8) / (1 / 4 - 1 / 8)
+    assert "| precision: apeft beats base " in text and "| f1_at_k: rft does not beat base " in text
+    assert "-cool beats" not in text and "-cool does" not in text and " against base " not in text
+
+
+def shown(text):
+    """{prompt: [lines below it]} of what --show adds; blank ones left out."""
+    parts = text.split("\n## ")[1:]
+    return {part.split("\n")[0]: [line for line in part.splitlines()[1:] if line]
+            for part in parts}
+
+
+def test_show_by_hand(tmp_path):
+    said = [{"text": "Chad is in Africa", "label": "S", "kind": "region", "evidence": [
+                {"title": "Chad", "field": "Location", "text": "Central Africa, " + "far " * 40},
+                {"title": "Chad", "field": "Background", "text": "never shown"}]},
+            {"text": "It is an\nisland", "label": "NS", "kind": "place", "evidence": [
+                {"title": "Chad", "field": "Coastline", "text": "0 km (landlocked)"}]},
+            {"text": "It is a long story " * 9, "label": "S", "kind": "other", "evidence": [
+                {"title": "Chad", "text": "a passage without a field"}]},
+            {"text": "It has oil", "label": None}, {"text": "It has uranium", "label": "S"}]
+    base = [row("chad-all", 0, "", sentences=[{"facts": said}], response="far\nword"),
+            row("chad-all", 1, "S", response="the second is not shown")]
+    tuned = [row("chad-all", 0, "", response=" "), row("peru-all", 0, "S")]
+    _, text = compare(tmp_path, "--show", 5, base=base, tuned=tuned)  # in the markdown as well
+    assert list(shown(text)) == ["chad-all"]
+    first, located, place, story, *others, empty = shown(text)["chad-all"]
+    assert (first, empty) == ("base: far word", "tuned: (empty)")
+    assert located.startswith("    S   (region) Chad is in Africa <- Location: Central Africa, far")
+    assert 95 < len(located) <= 100 and located.endswith(" far [...]")
+    assert place == "    NS  (place) It is an island"
+    assert story.startswith("    S   (other) It is a long story It is")
+    assert story.endswith(" [...] <- passage: a passage [...]") and len(story) <= 100
+    assert others == ["    -   (-) It has oil", "    S   (-) It has uranium"]
+
+
+def test_show_spreads_over_the_prompts_that_all_have(tmp_path):
+    topics = [f"t{i}x" for i in range(10)]
+    base = [row(f"{t}-all", k, "S") for t in topics for k in (0, 1)]
+    tuned = [row(f"{t}-all", 0, "S") for t in reversed(topics)]  # the base's order is kept
+    rft = [row(f"{t}-all", 0, "S") for t in topics[1:]]
+    for n, expected in ((-1, []), (0, []), (1, [1]), (3, [1, 4, 7]), (50, range(1, 10))):
+        found, text = compare(tmp_path, "--show", n, base=base, tuned=tuned, rft=rft)
+        assert list(shown(text)) == [f"t{i}x-all" for i in expected]
+        assert "shown" not in found and text.count("\nrft: five words") == len(expected)
+    _, text = compare(tmp_path, "--show", 3, base=base, a=tuned[:5], b=tuned[5:])
+    assert shown(text) == {}  # no prompt that all three have
+    _, text = compare(tmp_path, "--show", 1, base=base, tuned_cool=tuned)
+    assert shown(text)["t0x-all"] == ["base: five words in a row", "    S   (-) claim number 0"]
+
+
+def test_show_refuses_junk_as_evidence(tmp_path):
+    path = tmp_path / "v.jsonl"
+    for junk in ("x", 1, ["x"], {"a": 1}):
+        fact = {"text": "a", "label": "S", "evidence": junk}
+        write_rows(path, [row("chad-all", 0, "", sentences=[{"facts": [fact]}])])
+        done = call("06_eval.py", "compare", f"base={path}", f"t={path}", "--k", 4, "--show", 1)
+        assert done.returncode == 2 and f"{path}:1: expected" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 # agreement
+
+def pairs(text):
+    return [dict(zip(("label", "human"), text.split()))]
+
 
 def test_agree_by_hand():
     """20 S-S, 5 S-NS, 10 NS-S, 15 NS-NS: the textbook table with kappa .40."""
-    got = ev.agree([("S", "S")] * 20 + [("S", "NS")] * 5 + [("NS", "S")] * 10 + [("IR", "NS")] * 15
-                   + [(None, "S")] * 4)
+    got = ev.agree(pairs("S S") * 20 + pairs("S NS") * 5 + pairs("NS S") * 10 + pairs("IR NS") * 15
+                   + [{"label": None, "human": "S"}] * 4)
     assert (got["tp"], got["fp"], got["fn"], got["tn"]) == (20, 5, 10, 15)
     assert (got["facts"], got["null"]) == (50, 4)
     assert got["kappa"] == pytest.approx(.4) and got["accuracy"] == pytest.approx(.7)
@@ -420,9 +514,9 @@ def test_agree_by_hand():
 
 
 def test_agree_of_one_class():
-    got = ev.agree([("NS", "NS"), ("NS", "IR")])
+    got = ev.agree(pairs("NS NS") + pairs("NS IR"))
     assert got["accuracy"] == 1 and got["kappa"] is got["recall"] is got["balanced"] is None
-    assert ev.agree([(None, "S")])["accuracy"] is None
+    assert ev.agree([{"label": None, "human": "S"}])["accuracy"] is None
 
 
 def test_agreement_by_field(tmp_path):
@@ -446,6 +540,112 @@ def test_agreement_by_field(tmp_path):
     assert "| half tuned |" in done.stdout and "kappa" in done.stdout
 
 
+# plot
+
+def log_row(step, **rewards):
+    return {"step": step, "epoch": .1, "learning_rate": 1e-5, "grad_norm": 20.1,
+            "loss": .7 - step / 100 + step % 3 / 10,
+            **{f"rewards/{name}": value for name, value in rewards.items()}}
+
+
+def dpo_log(n=30):
+    """A held-out row before and one after n training rows."""
+    held = [{"step": step, "eval_loss": .69 - step / 1000, "eval_rewards/chosen": step / 50,
+             "eval_rewards/rejected": -step / 50, "eval_rewards/margins": step / 25,
+             "eval_rewards/accuracies": .5} for step in (0, n)]
+    rows = [log_row(i, chosen=i / 40, rejected=-i / 20, margins=3 * i / 40, accuracies=i / n)
+            for i in range(n)]
+    return [held[0], *rows, held[1]]
+
+
+def drawn(axes):
+    """[(line style, marker, steps, values)] of what a panel shows, in order."""
+    return [(line.get_linestyle(), line.get_marker(), *map(list, line.get_data()))
+            for line in axes.lines]
+
+
+def test_curves_of_one_run():
+    rows = dpo_log()
+    figure = ev.curves({"a": rows})
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+    assert all(axes.get_xlabel() == "step" for axes in figure.axes)
+    loss = np.array([row["loss"] for row in rows[1:-1]])
+    mean, held, ln2 = drawn(figure.axes[0])
+    assert mean[:3] == ("-", "None", list(range(30)))
+    full = np.convolve(loss, np.ones(10) / 10, "valid")  # from step 9 on, ten values each
+    start = loss[:9].cumsum() / np.arange(1, 10)
+    assert mean[3] == pytest.approx([*start, *full])
+    assert held == ("None", "o", [0, 30], pytest.approx([.69, .66]))
+    assert ln2[0] == ":" and ln2[3] == pytest.approx([.693147, .693147], abs=1e-6)
+    assert len({line.get_color() for line in figure.axes[0].lines[:2]}) == 1
+    rejected, held = drawn(figure.axes[2])
+    assert rejected[3][:2] == pytest.approx([0, -1 / 40]) and held[3] == pytest.approx([0, -.6])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "ln 2"]
+
+
+def test_curves_show_only_what_some_log_has():
+    sft = [{**log_row(i), "tokens": 900} for i in range(4)]
+    alone = ev.curves({"sft": sft})
+    assert len(alone.axes) == 1 and len(alone.axes[0].lines) == 2  # no rewards, no ln 2
+    both = ev.curves({"sft": sft, "dpo": dpo_log()[:1]})  # its training has just begun
+    assert len(both.axes) == 5
+    assert [text.get_text() for text in both.legends[0].get_texts()] == ["sft", "dpo", "ln 2"]
+    colours = [line.get_color() for line in both.axes[0].lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert len(set(ev.COLOURS)) == len(ev.COLOURS) == 7
+    some = ev.curves({"m": [log_row(0, margins=1)]})
+    assert [axes.get_ylabel() for axes in some.axes] == ["loss", "rewards/margins"]
+
+
+def test_plot_writes_pictures(tmp_path):
+    from xml.etree import ElementTree
+
+    from matplotlib.image import imread
+    path = write_rows(tmp_path / "log.jsonl", dpo_log())
+    out = tmp_path / "new" / "curves.png"
+    env = {**os.environ, "MPLBACKEND": "tkagg"}  # needs a display
+    done = call("06_eval.py", "plot", path, f"b={path}", "--out", out, env=env)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG\r\n") and imread(out).std() > 0
+    height, width, _ = imread(out).shape
+    assert width > 3 * height / 2 > 600
+    out = tmp_path / "curves.svg"
+    assert call("06_eval.py", "plot", path, f"b={path}", "--out", out).returncode == 0
+    assert ElementTree.parse(out).getroot().tag.endswith("svg")
+    assert f"<!-- {path} -->" in out.read_text() and "<!-- b -->" in out.read_text()
+
+
+@pytest.mark.parametrize("bad", [
+    '{"step": 1, "lo', "[1]", "3", "null", '{"loss": 1}', '{"step": 1, "loss": "x"}', "NaN",
+    '{"step": null, "loss": 1}', '{"step": 1, "loss": [1]}', "[" * 100_000, "1" * 5_000,
+    '{"step": 1}', '{"step": 1, "loss": 1, "rewards/margins": "x"}', "\ud800",
+    '{"step": 1, "loss": NaN}', '{"step": 1, "loss": 1' + "0" * 400 + "}"])
+def test_plot_refuses_a_bad_line(tmp_path, bad):
+    path, out = tmp_path / "log.jsonl", tmp_path / "c.png"
+    path.write_bytes(f'{json.dumps(log_row(0))}\n{bad}\n'.encode(errors="surrogatepass"))
+    out.write_text("a picture of before")
+    done = call("06_eval.py", "plot", path, "--out", out)
+    assert done.returncode == 2 and done.stderr.startswith(f"{path}:2: expected "), done.stderr
+    assert ", found " in done.stderr and len(done.stderr.splitlines()) == 1
+    assert out.read_text() == "a picture of before"
+
+
+def test_plot_refuses_bad_flags_and_files(tmp_path):
+    path, empty = write_rows(tmp_path / "log.jsonl", dpo_log()), tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for words, says in [
+            ([tmp_path / "none.jsonl", "--out", "c.png"], "no such file"),
+            ([empty, "--out", "c.png"], "found an empty file"),
+            ([path, path, "--out", "c.png"], "each NAME once"),
+            ([f"a={path}", f"a={path}", "--out", "c.png"], "each NAME once"),
+            ([path, "--out", tmp_path / "c.jpg"], ".png or .svg"),
+            ([*(f"{i}={path}" for i in range(8)), "--out", "c.png"], "at most 7")]:
+        done = call("06_eval.py", "plot", *words)
+        assert done.returncode == 2 and says in done.stderr, (words, done.stderr)
+        assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
 # Bad input
 
 @pytest.mark.parametrize("bad, says", [
@@ -456,7 +656,7 @@ def test_agreement_by_field(tmp_path):
     ({"sentences": [{}]}, "KeyError 'facts'"),
     ({"sentences": [{"facts": ["x"]}]}, ":3: expected 'sentences'"),
     ({"sentences": [{"facts": [{"label": "S"}]}]}, "KeyError 'text'"),
-    ({"sentences": [{"facts": [{"text": 1, "label": "S"}]}]}, "found {'text': 1"),
+    ({"sentences": [{"facts": [{"text": 1, "label": "S"}]}]}, "not {'text': 1"),
     ({"sentences": [{"facts": [{"text": "a", "label": "true"}]}]}, "label S, NS, IR or null"),
     ({"sentences": [{"facts": [{"text": "a", "label": ["S"]}]}]}, "label S, NS, IR or null"),
     ({"sentences": [{"facts": [{"text": "a", "label": "S", "kind": 3}]}]}, "'kind': 3"),
@@ -482,7 +682,9 @@ def test_bad_flags_and_files(tmp_path):
             (["compare", path, "--k", 4], "NAME=FILE"),
             (["compare", f"tuned={path}", "--k", 4], "base"),
             (["compare", f"base={path}", f"base={path}", "--k", 4], "once"),
-            (["compare", f"base={path}", f"dpo={path}", "--k", 4], "tuned-greedy"),
+            (["compare", f"base={path}", f"base-cold={path}", "--k", 4], "base-greedy"),
+            (["compare", f"base={path}", f"={path}", "--k", 4], "NAME=FILE"),
+            (["compare", f"base={path}", "rft=", "--k", 4], "NAME=FILE"),
             (["agreement", "--in", path], "'human'"),
             (["nonsense"], "invalid choice")]:
         done = call("06_eval.py", *command)
