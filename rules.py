@@ -299,8 +299,8 @@ def read_page(page, topic, titles=()):
             add(field, whole, passage, whole=True)
         for piece in re.split("[;,] ", text):
             add(field, piece, passage)
-    return {"units": units, "own": set(own) - FILLER - {"island"}, "topic": topic, "titles": titles,
-            "countries": {normal(t) for t in titles}}
+    return {"units": units, "own": set(own) - FILLER - set(LEXICON["never_own"]), "topic": topic,
+            "titles": titles, "countries": {normal(t) for t in titles}}
 
 
 def parse(claim, topic, titles=()):

@@ -268,8 +268,8 @@ def test_log_probs_match_the_plain_way(tiny_model, tmp_path):
 def test_a_shared_response_goes_through_once(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = load(tiny_model)
     rows, seen = encoded(tokenizer, tmp_path, UNEVEN[:5]), []
-    monkeypatch.setattr(train, "piece_logps", lambda model, responses: seen.extend(responses) or [
-        torch.zeros(len(completion)) for _, completion in responses])
+    monkeypatch.setattr(train, "piece_logps", lambda model, piece: seen.extend(piece) or tuple(
+        torch.zeros(len(completion)) for _, completion in piece))
     reference = {response: torch.zeros(len(response[1])) for response in train.distinct(rows)}
     train.step_loss(model, [rows], reference, settings(), learn=False)
     assert len(seen) == 6 == len(set(seen))  # 5 pairs, one chosen
@@ -550,7 +550,7 @@ def test_out_in_a_new_folder_and_with_a_slash(tiny_model, tmp_path):
 
 def test_overwrite_takes_nothing_from_the_run_before(tiny_model, tmp_path):
     """Not its weights, when it was killed in the final save, and not its checkpoints."""
-    interrupt(tmp_path, tiny_model, "--full", "--save-every", 1, at=2)
+    interrupt(tmp_path, tiny_model, "--full", "--save-every", 1, "--batch", 4, at=2)
     (tmp_path / "tuned.tmp" / "model.safetensors").write_bytes(b"of all weights")
     assert run_train(tmp_path, tiny_model, "--overwrite").returncode == 0
     assert run_train(tmp_path, tiny_model, out="fresh").returncode == 0
@@ -560,10 +560,11 @@ def test_overwrite_takes_nothing_from_the_run_before(tiny_model, tmp_path):
 
 def test_flags_of_a_checkpoint_are_its_own(tiny_model, tmp_path):
     """An --overwrite that died right after its args.json does not inherit older checkpoints."""
-    interrupt(tmp_path, tiny_model, "--save-every", 1, at=2)
+    flags = ["--save-every", 1, "--batch", 4]
+    interrupt(tmp_path, tiny_model, *flags, at=2)
     memo = tmp_path / "tuned.tmp.args.json"
     memo.write_text(memo.read_text().replace('"beta": 0.1', '"beta": 0.2'))
-    done = run_train(tmp_path, tiny_model, "--save-every", 1, "--beta", 0.2)
+    done = run_train(tmp_path, tiny_model, *flags, "--beta", 0.2)
     assert done.returncode == 2 and "begun from another model, flags" in done.stderr
 
 
