@@ -25,7 +25,7 @@ $PY 03_verify.py --in $R/facts.jsonl --corpus "$CORPUS" --out $R/verified.jsonl
 $PY 04_build_prefs.py facttune --in $R/verified.jsonl --reward f1 --k 10 --eval-prompts "$EVAL" \
     --out $R/prefs.jsonl --eval-out $R/prefs_heldout.jsonl
 
-# Train. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT; a 135M model needs a higher rate. 12 minutes.
+# Train. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT; a 135M model needs a higher rate. 20 minutes.
 $PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "$MODEL" --full --lr 2e-5 --batch 32 \
     --epochs 2 --out $R/tuned
 $PY 06_eval.py plot facttune=$R/tuned/log.jsonl --out $R/curves.png
