@@ -13,19 +13,18 @@ Writes  OUT/   a LoRA adapter, or with --full all weights in bf16, as transforme
 
 Prompt and completion are tokenised apart and joined; the end-of-turn token ends a completion, and
 is trained on, only where finish is "stop" (rows that do not say are so). All steps are planned
-before the first: whole prompt groups, up to --batch rows. A response goes through the model once a
+before the first: whole prompt groups, about --batch rows. A response goes through the model once a
 step, however many pairs share it, and only its completion meets the LM head. The reference is the
 model as loaded; its log-probs are kept beside OUT under a hash of all that they depend on. OUT.tmp
 holds two checkpoints: killed anywhere, the same command ends with the same weights. Trained weights
 are fp32 under bf16 autocast: in bf16, AdamW's updates would be lost to rounding.
 
 Not as in the paper: FactTune trains with RMSprop at lr 5e-7, and after an SFT stage.
-Not yet: other losses, several GPUs, models with a soft-capped head (refused at the start).
+Not yet: other losses and optimizers, --adapter and --ref, several GPUs, soft-capped heads.
 
-CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/tuned --full
+CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
 One GPU:         python 05_train.py --prefs runs/x/prefs.jsonl --out runs/x/tuned --batch 32 \\
-                     --model HuggingFaceTB/SmolLM2-1.7B-Instruct
-"""
+                     --model HuggingFaceTB/SmolLM2-1.7B-Instruct"""
 import hashlib
 import math
 import os
@@ -56,7 +55,7 @@ def parse_args():
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="autocast's type")
     add("--loss", default="dpo", choices=list(SIDES), help="which function of losses.py")
     add("--beta", type=float, default=0.1, help="pull to the reference (DPO's own: 0.1)")
-    add("--lr", type=float, default=1e-5, help="AdamW's peak rate (--full, 1B and more: 1e-6)")
+    add("--lr", type=float, default=1e-5, help="AdamW's peak rate (LoRA: to 1e-4; all of 1B: 1e-6)")
     add("--warmup", type=float, default=0.1, help="share of steps in which the rate rises")
     add("--clip", type=float, default=1.0, help="largest gradient norm (TRL: 1)")
     add("--epochs", type=int, default=1, help="passes over the rows")
@@ -400,15 +399,18 @@ def main():
         if args.overwrite:
             sweep(work, "[!l]*")  # all but log.jsonl
         train(model, steps, held, reference, args, key + text, log)
-    (model.bfloat16() if args.full else model).save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    write_whole(work / "README.md", f"---\nbase_model: {args.model}\n---\n\n"
-                f"    {shlex.join(['python', '05_train.py', *sys.argv[1:]])}\n\n"
-                f"{args.loss} on {len(rows)} rows. Flags and SHA-256 of the rows:\n\n    {text}")
-    shutil.rmtree(out, ignore_errors=True)  # before its memo: a kill here leaves no wrong one
-    write_whole(f"{out}.args.json", text)
-    work.rename(out)
+        (model.bfloat16() if args.full else model).save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        told = shlex.join(["python", "05_train.py", *sys.argv[1:]])
+        write_whole(work / "README.md",
+                    f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}")
+        shutil.rmtree(f"{work}.old", ignore_errors=True)
+        if out.exists():  # --overwrite; never a moment with half of a model in OUT
+            out.rename(f"{work}.old")
+        write_whole(f"{out}.args.json", text)
+        work.rename(out)
     Path(f"{work}.args.json").unlink()
+    shutil.rmtree(f"{work}.old", ignore_errors=True)
     sweep(out)
     report(rows_in=args.rows, trained_on=len(rows), left_out=args.rows - len(rows),
            steps=len(steps), held_out=sum(map(len, held)))

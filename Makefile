@@ -20,9 +20,10 @@ demo: world
 	$(PY) 01_generate.py --prompts $(D)/train.jsonl --out $(D)/samples.jsonl
 	$(PY) 02_decompose.py --in $(D)/samples.jsonl --out $(D)/facts.jsonl
 	$(PY) 03_verify.py --in $(D)/facts.jsonl --out $(D)/verified.jsonl
-	$(PY) 04_build_prefs.py facttune --in $(D)/verified.jsonl --out $(D)/prefs.jsonl --reward f1 --k 10 \
-	  --eval-out $(D)/prefs_heldout.jsonl --holdout 0.2 --eval-prompts $(D)/dev.jsonl
-	$(PY) 05_train.py --prefs $(D)/prefs.jsonl --eval-prefs $(D)/prefs_heldout.jsonl --out $(D)/tuned --full --lr 3e-5
+	$(PY) 04_build_prefs.py facttune --in $(D)/verified.jsonl --out $(D)/prefs.jsonl --reward f1 \
+	  --eval-out $(D)/prefs_heldout.jsonl --holdout 0.25 --eval-prompts $(D)/dev.jsonl
+	$(PY) 05_train.py --prefs $(D)/prefs.jsonl --eval-prefs $(D)/prefs_heldout.jsonl --out $(D)/tuned \
+	  --full --lr 3e-5 --batch 16 --epochs 2
 	$(PY) tests/demo_check.py $(D)/tuned/log.jsonl
 	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/base.samples.jsonl
 	$(PY) 02_decompose.py --in $(D)/base.samples.jsonl --out $(D)/base.facts.jsonl
@@ -36,4 +37,8 @@ test: world
 	$(PY) -m ruff check --line-length 100 --select E,F,W .
 	$(PY) -m pytest -q tests
 
-.PHONY: world demo test
+# 20 kills of 05 at random moments, full weights and LoRA; make test has 4 of each
+chaos: world
+	NANOFACT_CHAOS=1 $(PY) -m pytest -q tests/test_train.py -k test_kill
+
+.PHONY: world demo test chaos

@@ -32,7 +32,7 @@ def arguments(docstring, inp="--in"):
     p = argparse.ArgumentParser(description=docstring,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(inp, dest="inp", required=True, metavar="FILE", help="JSONL to read")
-    p.add_argument("--out", required=True, metavar="FILE", help="JSONL to write, or resume")
+    p.add_argument("--out", required=True, metavar="FILE", help="what to write, or resume")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random here")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     p.add_argument("--overwrite", action="store_true", help="start OUT anew instead of resuming it")

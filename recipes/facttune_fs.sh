@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # FactTune-FS (Tian et al. 2023, arXiv 2311.08401) in the embedded world: rank a model's own samples by
-# how far a reference work supports them, then DPO. Stopped anywhere, the same command goes on.
+# how far a reference work supports them, then DPO. Stopped anywhere, the same command goes on. 2 CPU cores: 60 to
+# 75 minutes; F1@5 11.4 -> 25.9 %, precision 11.7 -> 25.7 % (RESULTS.md).
 # Real models: MODEL=<hub name> CORPUS=<JSONL of passages> PROMPTS=<JSONL> EVAL=<JSONL> bash recipes/facttune_fs.sh
 set -e
 MODEL=${MODEL:-data/world/model}
@@ -27,7 +28,7 @@ $PY 04_build_prefs.py facttune --in $R/verified.jsonl --reward f1 --k 10 --eval-
 
 # Train. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT; a 135M model needs a higher rate. 20 minutes.
 $PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "$MODEL" --full --lr 2e-5 --batch 32 \
-    --epochs 2 --out $R/tuned
+    --epochs 2 --save-every 10 --out $R/tuned
 $PY 06_eval.py plot facttune=$R/tuned/log.jsonl --out $R/curves.png
 
 # Measure under the frozen protocol: sampled, cool, greedy, of the base and of the tuned model. 2 x 14 minutes.
