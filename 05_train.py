@@ -21,7 +21,6 @@ are fp32 under bf16 autocast: in bf16, AdamW's updates would be lost to rounding
 
 Not as in the paper: FactTune trains with RMSprop at lr 5e-7, and after an SFT stage.
 Not yet: other losses and optimizers, --adapter and --ref, several GPUs, soft-capped heads.
-
 CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
 One GPU:         python 05_train.py --prefs runs/x/prefs.jsonl --out runs/x/tuned --batch 32 \\
                      --model HuggingFaceTB/SmolLM2-1.7B-Instruct"""
@@ -402,8 +401,8 @@ def main():
         (model.bfloat16() if args.full else model).save_pretrained(work)
         tokenizer.save_pretrained(work)
         told = shlex.join(["python", "05_train.py", *sys.argv[1:]])
-        write_whole(work / "README.md",
-                    f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}")
+        card = f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}"
+        write_whole(work / "README.md", card)
         shutil.rmtree(f"{work}.old", ignore_errors=True)
         if out.exists():  # --overwrite; never a moment with half of a model in OUT
             out.rename(f"{work}.old")
