@@ -1,15 +1,16 @@
 """
 Every loss, and nothing else: plain functions on tensors. Formulas live here and nowhere else.
 
-B  rows (pairs, responses) of the batch     M  their sentences     T  completion tokens
-The log-prob of a response is the SUM of its completion tokens' log-probs given the prompt: (B,).
-pi_w, pi_l, ref_w, ref_l: that of the chosen (w) and the rejected (l), by policy and reference. fp32
-or fp64 in, the same out: half precision is off by nats in such sums.
+B  rows (pairs, responses)   M  their labelled sentences   T  token positions   V  vocabulary
+The log-prob of a response is the SUM (for IPO the mean) of its completion tokens' log-probs given
+the prompt. pi_w = log pi(y_w|x) and pi_l are those of the chosen and the rejected response under
+the policy, ref_w and ref_l under the reference: each (B,), fp32 or fp64, as is what comes out (half
+precision is off by nats in such sums). A step is one update, over all microbatches and processes.
 
-Losses return (losses, metrics), factalign_loss and mix a scalar. `losses` is unreduced, so that the
-loop divides by the size of the whole step. `metrics` are detached scalars over the rows given,
-under TRL's names. Gradients flow into the policy's log-probs of the rows and nowhere else: the
-reference's log-probs are constants, computed without a graph, and so is z0.
+Losses return (losses, metrics), factalign_loss and mix a scalar. `losses` is unreduced: divide its
+sum by what the whole step counts. `metrics` are detached scalars over the rows given, under TRL's
+names where it has them. The gradient is in the policy's log-probs of the rows and nowhere else: the
+reference's and those behind z0 (`kl_estimate`) are computed under no_grad by the caller.
 """
 import torch
 from torch.nn.functional import logsigmoid
@@ -33,10 +34,10 @@ def token_logps(logits, ids):
 def sentence_sums(token_logps, sentence_id, n):
     """Log-probability of each sentence, the sum of its tokens': (B, T), (B, T) -> (n,).
 
-    sentence_id numbers the sentences over the whole batch, 0 <= id < n; -1 is a token of none. A
-    sentence without a token sums to 0. fKTO's unit: a sentence completes the prompt and all before
-    it. FactAlign's code is off by one: each sentence loses its first token and gains the one after
-    its end; and it is looked for by its tokens, in the prompt too.
+    sentence_id numbers the sentences over all rows given, 0 <= id < n; -1 is a token of none. A
+    sentence without a token sums to 0. The unit of `fkto_loss`: a sentence is scored given the
+    prompt and the text before it. FactAlign's code is off by one: each sentence loses its first
+    token and gains the one after its end; and it may take one that also stands in the prompt there.
     """
     inside = sentence_id >= 0
     return token_logps.new_zeros(n).index_add(0, sentence_id[inside], token_logps[inside])
@@ -53,7 +54,7 @@ def sft_loss(token_logps, mask):
     mask is 1 (or True) on completion tokens, 0 on prompt and padding. Divide the step's sum by the
     step's tokens, not each microbatch by its own: only the former is exact when lengths differ.
 
-    Logged: tokens, the number of completion tokens, a scalar.
+    Logged: tokens, the sum of the mask.
     """
     mask = mask.bool()
     losses = -token_logps.masked_fill(~mask, 0.0).sum(-1)
@@ -61,14 +62,13 @@ def sft_loss(token_logps, mask):
 
 
 def _pair_metrics(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Means over the pairs. accuracies: how often the margin is above 0, so 0 at the start."""
+    """Means over the pairs. accuracies: how often the margin is above 0."""
     chosen = beta * (policy_chosen - ref_chosen).detach()
     rejected = beta * (policy_rejected - ref_rejected).detach()
     margin = chosen - rejected
     return {
         "rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
-        "rewards/margins": margin.mean(),
-        "rewards/accuracies": (margin > 0).to(margin.dtype).mean(),
+        "rewards/margins": margin.mean(), "rewards/accuracies": (margin > 0).to(margin).mean(),
         "logps/chosen": policy_chosen.detach().mean(),
         "logps/rejected": policy_rejected.detach().mean()}
 
@@ -99,8 +99,8 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
 
     Inputs are per-token MEANS, each response by its own length, as in TRL and HALOs (the paper does
     not say). With sums, as in the DPO authors' code, h is 10 to 1,000 times larger and beta means
-    another thing. At policy == reference the loss is 1 / (4 * beta ** 2); HALOs divides by the
-    number of NON-ZERO token ratios and gets NaN there.
+    another thing. At policy == reference the loss is 1 / (4 * beta ** 2); HALOs (KTO's authors'
+    code) divides by the number of NON-ZERO token ratios and gets NaN there.
 
     Logged: as for DPO, but of the means (TRL: of the sums).
     """
@@ -114,8 +114,7 @@ def rso_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
 
         loss = max(0, 1 - beta * h),    h as in DPO; the paper's gamma is beta
 
-    At policy == reference the loss is 1; no gradient once h > 1 / beta. The rest of RSO, how its
-    responses are sampled, makes data and is no loss.
+    1 at policy == reference; no gradient once h >= 1 / beta. RSO's sampling makes data, no loss.
 
     Logged: as for DPO.
     """
@@ -129,10 +128,10 @@ def cpo_loss(policy_chosen, policy_rejected, chosen_nll, beta=0.1, alpha=1.0):
 
         loss = -log sigmoid(beta * (pi_w - pi_l)) + alpha * chosen_nll
 
-    DPO with a uniform reference, and a likelihood term that holds the chosen up. chosen_nll is
+    DPO with ref_w = ref_l, and a likelihood term that holds the chosen up. chosen_nll is
     -pi_w * (pairs of the step) / (chosen tokens of the step), so that its mean over the step is the
     mean over the step's chosen tokens, as in TRL. Without a reference nothing offsets length: of
-    two completions with equally likely tokens the shorter wins. No fixed value at step 0.
+    equally likely tokens the shorter completion wins. No value is fixed at the start.
 
     Logged: as for DPO with rewards beta * pi; nll_loss, the mean of chosen_nll.
     """
@@ -147,15 +146,13 @@ def cpo_loss(policy_chosen, policy_rejected, chosen_nll, beta=0.1, alpha=1.0):
 def kl_estimate(policy_kl, ref_kl):
     """z0, the reference point of KTO (Ethayarajh et al. 2024, arXiv 2402.01306); (N,), (N,) -> ().
 
-        z0 = max(0, mean_i(log pi(y'_i|x_i) - log ref(y'_i|x_i))),    y'_i a response to another x
+        z0 = max(0, mean_i(log pi(y'_i|x_i) - log ref(y'_i|x_i))),    y'_i of a row with another x
 
-    The N mismatched responses are those of the WHOLE step, gathered from all processes: first the
-    mean, then the maximum. 0 for N = 0. Detached. It estimates how far the policy has gone from the
-    reference, in nats: a response counts as better than before only by what exceeds that.
-
-    Here y'_i is the completion of another row. FactAlign pairs each row's OWN completion with
-    another prompt, so its z0 moves with the very log-ratios it is held against; HALOs divides by
-    the number of NON-ZERO log-ratios.
+    The N mismatched responses are those of the WHOLE step, gathered by the caller: one number for
+    all microbatches and processes; first the mean, then the maximum. 0 for N = 0. Detached. It says
+    how far the policy has gone from the reference, in nats: a reward counts only above z0.
+    FactAlign pairs each row's OWN completion with another prompt, so its z0 moves with the very
+    log-ratios it is held against; HALOs divides by the number of NON-ZERO log-ratios.
     """
     if not len(policy_kl):
         return torch.zeros((), dtype=policy_kl.dtype, device=policy_kl.device)
@@ -169,15 +166,15 @@ def kto_loss(logratio, label, kl, beta=0.1, desirable_weight=1.0, undesirable_we
         loss     = w_D * (1 - sigmoid(beta * (logratio - z0)))    where label is True: desirable
                    w_U * (1 - sigmoid(beta * (z0 - logratio)))    where it is False
 
-    z0 is a constant: no gradient flows through it. At policy == reference it is 0 and the loss is
-    w / 2. Far from z0, on either side, the gradient vanishes: unlike DPO, KTO gives up on what it
-    cannot move. Average over all rows alike; keep w_D * n_D : w_U * n_U between 1:1 and 4:3.
+    w_D, w_U: the two weights. z0 is a constant, without gradient. At policy == reference it is 0
+    and the loss w / 2. The gradient vanishes on both sides of z0 (DPO's on one): KTO gives up on
+    what it cannot move. Divide by all rows; keep w_D * n_D : w_U * n_U, of n rows, within 4:3.
 
     Logged: rewards/chosen, rewards/rejected = beta * logratio, means over the desirable and the
     undesirable rows, and rewards/margins, their difference, where there are such rows; kl = z0.
     """
-    label, kl = label.bool(), torch.as_tensor(kl, dtype=logratio.dtype, device=logratio.device)
-    kl = kl.detach()
+    label = label.bool()
+    kl = torch.as_tensor(kl, dtype=logratio.dtype, device=logratio.device).detach()
     desirable = desirable_weight * (1 - torch.sigmoid(beta * (logratio - kl)))
     undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (kl - logratio)))
     rewards, metrics = beta * logratio.detach(), {"kl": kl}
@@ -197,14 +194,14 @@ def fkto_loss(sentence_logratio, sentence_label, sentence_row, sentence_kl, beta
                  logratio = log pi(s | x, what precedes s) - log ref(s | x, what precedes s)
 
     sentence_logratio (M,), of `sentence_sums`; sentence_label (M,) bool: do the sentence's facts
-    hold; sentence_row (M,): the response it stands in; sentence_kl: z0 of sentences, `kl_estimate`
-    of those in the mismatched responses, again a constant. Sentences without a label are not
-    passed; a response without sentences has no loss; losses come in the order of sentence_row's
-    numbers. w / 2 at policy == reference. beta exceeds KTO's: fewer tokens, smaller log-ratios.
+    hold; sentence_row (M,): the response it stands in; sentence_kl: the sentences' z0, again a
+    constant: `kl_estimate` of all labelled sentences in the step's mismatched responses. A sentence
+    without a label or a token is not passed; a response without sentences has no loss. Losses by
+    ascending sentence_row; w / 2 at policy == reference. beta exceeds KTO's: fewer tokens.
 
-    per_response=False: (M,), a loss a sentence. FactAlign's code takes their flat mean over a
-    microbatch: the paper's mean of means only where that is one response. What z0 is here the paper
-    does not say; its code takes the row's own sentences under another prompt.
+    per_response=False: (M,), a loss a sentence; FactAlign's code takes their flat mean over a
+    microbatch. Its z0, of which the paper is silent, is that of the row's own sentences under
+    another prompt.
 
     Logged: KTO's names with "sentence_" in front.
     """
@@ -221,9 +218,10 @@ def factalign_loss(kto_losses, fkto_losses, lam=2.0, n_rows=None, n_annotated=No
 
         loss = sum(kto_losses) / n_rows + lam * sum(fkto_losses) / n_annotated
 
-    The counts are those of the whole STEP (default: what is given), so that microbatches add up.
-    FactAlign's code averages in each microbatch and then over them: those without sentences thin
-    out the second term. No sentences in the step: KTO alone. (1 + lam) / 2 at policy == reference.
+    The counts are those of the whole STEP (default: of what is given): add up microbatches and
+    divide no further. FactAlign's code averages in each and then over them, so that those without
+    sentences thin out the second term. lam 2: the paper's. (1 + lam) / 2 at policy == reference
+    with weights 1; without sentences in the step KTO alone.
     """
     n_rows = len(kto_losses) if n_rows is None else n_rows
     n_annotated = len(fkto_losses) if n_annotated is None else n_annotated
@@ -235,7 +233,8 @@ def mix(losses, kinds, weights):
 
         loss = sum_i w[kind_i] * loss_i / sum_i w[kind_i]
 
-    weights {kind: number above 0}, ours: the paper (arXiv 2406.12416) merely joins the two sets.
+    Of a whole step. weights {kind: number above 0}, ours: the paper (arXiv 2406.12416) merely joins
+    pairs of responses and pairs of single facts.
     """
     w = torch.tensor([weights[kind] for kind in kinds], dtype=losses.dtype, device=losses.device)
     return (w * losses).sum() / w.sum()
