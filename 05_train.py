@@ -1,43 +1,49 @@
 """
 Stage 5. Train a model on 04's rows with a loss of losses.py.
 
-Reads   prefs.jsonl   pairs for dpo, completions for sft; anybody's in TRL's form will do:
-  {"prompt": [messages], "chosen": [message], "rejected": [message],
-   "prompt_id": "fiji-geo", "finish": {"chosen": "stop", "rejected": "length"}}
-  {"prompt": [messages], "completion": [message], "finish": "stop"}
-Writes  OUT/   a LoRA adapter, or with --full all weights in bf16, as transformers, peft and vLLM
-               load it; the tokenizer; README.md, the model card; log.jsonl under TRL's names:
+Reads   prefs.jsonl, in TRL's form (anybody's will do):
+  dpo ipo rso cpo    {"prompt": [messages], "chosen": [message], "rejected": [message]}
+  sft kto factalign  {"prompt": [messages], "completion": [message]}, the last two "label": true;
+                     factalign, where annotated: "completion_sentences": ["It is ..."],
+                     "sentence_label": [true], "sentence_spans": [[0, 58]] (without: searched)
+  all, if known      "prompt_id", "kind", "finish": "stop" or "length" (pairs: of each side)
+Writes  OUT/   a LoRA adapter, or with --full or --merge all weights in bf16, as transformers, peft
+               and vLLM load it; the tokenizer; log.jsonl; README.md, the model card, last of all
   {"step": 0, "epoch": 0.0, "learning_rate": 5e-06, "loss": 0.6931, "grad_norm": 21.4,
-   "rewards/margins": 0.0, "rewards/accuracies": 0.0, "logps/chosen": -81.2, ...}
-  and with --eval-prefs rows of held-out figures, each name with "eval_" in front
+   "rewards/margins": 0.0, ...}   TRL's names; held-out figures have "eval_" in front
 
 Prompt and completion are tokenised apart and joined; the end-of-turn token ends a completion, and
-is trained on, only where finish is "stop" (rows that do not say are so). All steps are planned
-before the first: whole prompt groups, about --batch rows. A response goes through the model once a
-step, however many pairs share it, and only its completion meets the LM head. The reference is the
-model as loaded; its log-probs are kept beside OUT under a hash of all that they depend on. OUT.tmp
-holds two checkpoints: killed anywhere, the same command ends with the same weights. Trained weights
-are fp32 under bf16 autocast: in bf16, AdamW's updates would be lost to rounding.
+is trained on, only where finish is "stop". All steps are planned before the first: whole prompt
+groups, about --batch rows. A response goes through the model once a step, however many pairs share
+it, and only its completion meets the LM head. The reference's log-probs are kept beside OUT under a
+hash of all that they depend on. Killed anywhere, the same command ends with the same weights: OUT
+holds two checkpoints until it is done. Trained weights are fp32 under bf16 autocast: in bf16,
+AdamW's updates would be lost to rounding. Processes share out each step: its gradient is the same.
 
-Not as in the paper: FactTune trains with RMSprop at lr 5e-7, and after an SFT stage.
-Not yet: other losses and optimizers, --adapter and --ref, several GPUs, soft-capped heads.
+Not as in the papers: FactTune trains with RMSprop at lr 5e-7 (--optim), after an SFT stage.
+Not yet: a model sharded over GPUs; scaled or soft-capped heads.
 CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
-One GPU:         python 05_train.py --prefs runs/x/prefs.jsonl --out runs/x/tuned --batch 32 \\
-                     --model HuggingFaceTB/SmolLM2-1.7B-Instruct"""
+Two GPUs:        accelerate launch --multi_gpu --num_processes 2 05_train.py --batch 32 \\
+                     --prefs runs/x/prefs.jsonl --out runs/x/tuned --model Qwen/Qwen2.5-3B-Instruct
+"""
 import hashlib
+import json
 import math
 import os
 import random
 import shlex
-import shutil
 import sys
+import tempfile
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from common import (arguments, as_messages, die, dumps, load_model, lock, progress, prompt_ids,
-                    read_jsonl, report, run, same_run, write_whole)
+from common import (arguments, as_messages, die, digest, dumps, load_model, lock, progress,
+                    prompt_ids, read_jsonl, report, run, same_run, write_whole)
 
-SIDES = {"dpo": ("chosen", "rejected"), "sft": ("completion",)}
-PIECE = 4   # responses in one forward pass: of 8 neighbours in length 27 % are pads, of 4 13 %
+PAIRS = ("dpo", "ipo", "rso", "cpo")
+RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, as accelerate or torchrun say
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
 HEAD = 512  # completion positions that meet the LM head at once
 
 
@@ -46,47 +52,93 @@ def parse_args():
     add = p.add_argument
     add("--eval-prefs", metavar="FILE", help="rows of other prompts, to evaluate on")
     add("--max-length", type=int, default=1024, help="leave out rows with more tokens (TRL: 1024)")
-    add("--model", default="data/world/model", help="a folder or a hub name: policy and reference")
+    add("--model", default="data/world/model", help="a folder or a hub name")
+    add("--adapter", metavar="DIR", help="go on with this LoRA adapter of --model")
+    add("--ref", default="start", help="reference: the policy at its start (FactAlign), or base: "
+        "--model itself, or another model or adapter")
     add("--full", action="store_true", help="train all weights, not a LoRA adapter")
+    add("--merge", action="store_true", help="save model and adapter as one")
     add("--lora-r", type=int, default=16, help="rank of the adapter, on all linear layers")
     add("--lora-alpha", type=int, default=32, help="its scale is alpha / r")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="autocast's type")
-    add("--loss", default="dpo", choices=list(SIDES), help="which function of losses.py")
-    add("--beta", type=float, default=0.1, help="pull to the reference (DPO's own: 0.1)")
-    add("--lr", type=float, default=1e-5, help="AdamW's peak rate (LoRA: to 1e-4; all of 1B: 1e-6)")
+    add("--loss", default="dpo", choices=[*PAIRS, "kto", "factalign", "sft"], help="of losses.py")
+    add("--beta", type=float, default=0.1, help="pull to the reference (DPO's, KTO's own: 0.1)")
+    add("--label-smoothing", type=float, default=0.0, help="dpo: share of flipped labels")
+    add("--alpha", type=float, default=1.0, help="cpo: weight of the likelihood (TRL: 1)")
+    add("--desirable-weight", type=float, default=1.0, help="kto, factalign")
+    add("--undesirable-weight", type=float, default=1.0, help="kto, factalign")
+    add("--lam", type=float, default=2.0, help="factalign: weight of the sentences (paper: 2)")
+    add("--sentence-beta", type=float, default=0.5, help="factalign: their beta (paper: 0.5)")
+    add("--sentence-desirable-weight", type=float, default=1.0, help="factalign")
+    add("--sentence-undesirable-weight", type=float, default=1.0, help="factalign; 04 prints it")
+    add("--kind-weights", metavar="KIND=W,...", type=lambda text: {
+        kind: float(w) for kind, w in (word.split("=") for word in text.split(","))},
+        default={}, help="weights of kinds of rows, of the others 1 (APEFT; ours)")
+    add("--halves", action="store_true", help="equal parts of each kind a step (FLAME)")
+    add("--optim", default="adamw", choices=["adamw", "adamw8bit", "rmsprop"])
+    add("--lr", type=float, default=1e-5, help="peak rate (LoRA: to 1e-4; all of 1B: 1e-6)")
+    add("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="its fall")
     add("--warmup", type=float, default=0.1, help="share of steps in which the rate rises")
     add("--clip", type=float, default=1.0, help="largest gradient norm (TRL: 1)")
     add("--epochs", type=int, default=1, help="passes over the rows")
-    add("--batch", type=int, default=8, help="rows a step")
-    add("--microbatch", type=int, default=32, help="responses whose graph fits into memory")
+    add("--batch", type=int, default=8, help="rows a step (FactAlign 16, FLAME 64)")
+    add("--microbatch", type=int, default=64, help="responses whose graph fits into memory")
+    add("--gradient-checkpointing", action="store_true", help="keep less of the graph, slower")
     add("--save-every", type=int, default=50, metavar="STEPS", help="checkpoint (0: never)")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="(0: before and after)")
     args = p.parse_args()
     if min(args.lr, args.beta, args.clip, args.epochs, args.batch, args.microbatch, args.lora_r,
-           1 if args.limit is None else args.limit) <= 0 or not 0 <= args.warmup < 1:
-        die("expected numbers above 0, and 0 <= --warmup < 1")
+           *args.kind_weights.values(), 1 if args.limit is None else args.limit) <= 0:
+        die("expected rates, sizes and weights above 0")
+    if not (0 <= args.warmup < 1 and 0 <= args.label_smoothing < 0.5 and args.lora_r <= 64):
+        die("expected 0 <= --warmup < 1, 0 <= --label-smoothing < 0.5, --lora-r <= 64 (vLLM's)")
+    if args.kind_weights and args.loss in ("sft", "factalign"):
+        die(f"--kind-weights weigh the rows of the other losses, not of {args.loss}")
     return args
 
 
 # ---------------------------------------------------------------------------------------------
 # Rows and tokens
 
-def read_rows(path, loss, limit=None):
-    """Rows {"id", "prompt_id", "prompt": [messages], "texts": [(text, finish)]}, a text a side."""
-    rows, fields = [], {"prompt": (str, list), **dict.fromkeys(SIDES[loss], list)}
-    for row in read_jsonl(path, fields, made_by="04_build_prefs.py")[:limit]:
-        prompt, finish = as_messages(row["prompt"]), row.get("finish", "stop")
-        rows.append({"id": row["id"], "prompt_id": row.get("prompt_id", dumps(prompt)),
-                     "prompt": prompt, "texts": []})
-        for side in SIDES[loss]:
-            found = [m.get("content") if isinstance(m, dict) else None for m in row[side]]
-            ended = finish.get(side, "stop") if isinstance(finish, dict) else finish
-            if [type(text) for text in found] != [str] or ended not in ("stop", "length"):
-                die(f"{path}: row {row['id']!r}: expected {side!r} as one assistant message, its "
-                    f"finish as stop or length, found {row[side]!r:.60} and {ended!r:.20}")
-            rows[-1]["texts"].append((found[0], ended))
-    return rows
+def texts_of(row, loss):
+    """[(text, finish)] of a row's responses; None stands for what is not there."""
+    found, finish = [], row.get("finish", "stop")
+    for side in ("chosen", "rejected") if loss in PAIRS else ("completion",):
+        messages = row.get(side)
+        fine = every(messages, dict) and every([m.get("content") for m in messages], str)
+        found.append((messages[0]["content"] if fine and len(messages) == 1 else None,
+                      finish.get(side, "stop") if isinstance(finish, dict) else finish))
+    return found
+
+
+def every(values, kind):
+    return type(values) is list and all(type(value) is kind for value in values)
+
+
+def lacks(row, loss):
+    """What is expected of a row and not there; None where all is."""
+    prompt, texts = as_messages(row["prompt"]), texts_of(row, loss)
+    labels, sentences, spans = [row.get(name) or [] for name in (
+        "sentence_label", "completion_sentences", "sentence_spans")]
+    if not every(prompt, dict) or not every([m.get("content") for m in prompt], str):
+        return "'prompt' as text or a list of messages"
+    if not every([row.get("prompt_id", ""), row.get("kind", "")], str):
+        return "'prompt_id' and 'kind' as text"
+    if any(text is None or finish not in ("stop", "length") for text, finish in texts):
+        sides = "'chosen' and 'rejected'" if loss in PAIRS else "'completion'"
+        return f"{sides} as a list of one message, 'finish' as stop or length"
+    if not every([row.get("label")], bool) and loss in ("kto", "factalign"):
+        return "'label' as true or false"
+    if not every(labels, bool):
+        return "'sentence_label' as a list of true and false"
+    if sentences and not (every(sentences, str) and len(sentences) == len(labels)):
+        return "'completion_sentences' as a text for each 'sentence_label'"
+    if spans and not (every(spans, list) and len(spans) == len(labels)
+                      and all(every(span, int) and len(span) == 2 for span in spans)):
+        return "'sentence_spans' as [start, end] for each 'sentence_label'"
+    if labels and not sentences and not spans:
+        return "'completion_sentences' or 'sentence_spans' for 'sentence_label'"
 
 
 def encode(tokenizer, prompt, text, finish):
@@ -95,17 +147,6 @@ def encode(tokenizer, prompt, text, finish):
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     end = [tokenizer.eos_token_id] if finish == "stop" else []
     return tuple(prompt_ids(tokenizer, prompt)), (*ids, *end)
-
-
-def encode_rows(tokenizer, rows, max_length):
-    """The rows that fit, with "responses" as `encode` gives them. A label speaks of the whole text:
-    a response that is too long is left out, never cut; an empty one has nothing to train on."""
-    found = []
-    for row in rows:
-        responses = [encode(tokenizer, row["prompt"], *text) for text in row["texts"]]
-        if all(c and len(p) + len(c) <= max_length for p, c in responses):
-            found.append({**row, "responses": responses})
-    return found
 
 
 def sentence_ids(tokenizer, text, spans):
@@ -118,8 +159,42 @@ def sentence_ids(tokenizer, text, spans):
             for first in firsts]
 
 
+def search(sentences, text):
+    """[(start, end)] of sentences in a text from left to right; (0, 0) of one that is not there."""
+    spans, end = [], 0
+    for sentence in map(str.strip, sentences):
+        start = text.find(sentence, end)
+        spans.append((start, start + len(sentence)) if start >= 0 else (0, 0))
+        end = max(end, spans[-1][1])
+    return spans
+
+
+def encode_rows(tokenizer, rows, args):
+    """Rows {"id", "prompt_id", "kind", "label", "responses": [as `encode` gives them], "sentences":
+    their labels, "sentence_ids": for each completion token the number of its sentence or -1}. A
+    label speaks of the whole text: a response that is too long leaves its row out, uncut."""
+    found = []
+    for row in rows:
+        prompt, texts = as_messages(row["prompt"]), texts_of(row, args.loss)
+        responses = [encode(tokenizer, prompt, *text) for text in texts]
+        if not all(c and len(p) + len(c) <= args.max_length for p, c in responses):
+            continue
+        labels, ids = row.get("sentence_label") if args.loss == "factalign" else [], []
+        if labels:
+            text = texts[0][0]
+            spans = row.get("sentence_spans") or search(row["completion_sentences"], text)
+            ids = sentence_ids(tokenizer, text, spans)
+        kept = sorted({*ids} - {-1})  # a sentence without a token has no log-probability
+        ids += [-1] * (len(responses[0][1]) - len(ids))
+        found.append({"id": row["id"], "prompt_id": row.get("prompt_id", dumps(row["prompt"])),
+                      "kind": row.get("kind", ""), "label": row.get("label"),
+                      "responses": responses, "sentences": [labels[n] for n in kept],
+                      "sentence_ids": [kept.index(n) if n >= 0 else -1 for n in ids]})
+    return found
+
+
 # ---------------------------------------------------------------------------------------------
-# The plan: steps are lists of microbatches, microbatches are lists of rows
+# The plan: a step is a list of rows for each process
 
 def length(response):
     return sum(map(len, response))
@@ -130,32 +205,52 @@ def distinct(rows):
     return sorted({r for row in rows for r in row["responses"]}, key=lambda r: (length(r), r))
 
 
-def microbatches(groups, size):
-    """Whole groups of similar length, packed while their distinct responses are at most `size`."""
-    packed = []
-    for group in sorted(groups, key=lambda rows: length(distinct(rows)[-1])):
-        if packed and len(distinct(packed[-1] + group)) <= size:
-            packed[-1] = packed[-1] + group
-        else:
-            packed.append(group)
-    return packed
+def drawn(groups, rows, n, rng):
+    """n steps of whole groups in random order, evenly filled with `rows` rows in all. What is less
+    than that goes round."""
+    steps, before = [[] for _ in range(n)], 0
+    while before < rows:
+        rng.shuffle(groups)
+        for group in groups:
+            if before < rows:
+                steps[before * n // rows].append(group)
+                before += len(group)
+    return steps
 
 
-def plan(rows, batch, epochs, seed, microbatch):
-    """All steps: a pure function, so resuming needs the number of a step and no more."""
-    groups, steps, rng = {}, [], random.Random(seed)
+def mismatched(rows):
+    """KTO: each row of a step with "other", a row of its prompt and the completion of another: the
+    rotation by the smallest shift that never meets the same prompt, of the rows as they come or
+    else sorted by prompt, which leaves none only where one prompt has more than half of them."""
+    for order in (rows, sorted(rows, key=lambda row: row["responses"])):
+        for shift in range(1, len(rows)):
+            pairs = [(row, row["responses"][0][0], other, *other["responses"][0])
+                     for row, other in zip(order, order[shift:] + order[:shift])]
+            if all(prompt != theirs for _, prompt, _, theirs, _ in pairs):
+                return [{**row, "other": {**other, "responses": [(prompt, completion)]}}
+                        for row, prompt, other, _, completion in pairs]
+    die(f"KTO needs responses to other prompts in a step: of {len(rows)} rows too many answer that "
+        f"of {rows[0]['id']!r}. Take a larger --batch or more prompts")
+
+
+def plan(rows, args, batch, epochs, halves=False):
+    """All steps: a pure function, so resuming needs the number of a step and no more. halves: each
+    kind of row has an equal part of each step; the kinds with fewer rows go round."""
+    rng, kinds, steps = random.Random(args.seed), {}, []
     for row in rows:  # only pairs share responses
-        group = row["prompt_id"] if len(row["responses"]) > 1 else row["id"]
-        groups.setdefault(group, []).append(row)
-    order = list(groups.values())
-    for _ in range(epochs if rows else 0):
-        rng.shuffle(order)
-        steps.append([])  # no step runs over the end of an epoch
-        for group in order:
-            if steps[-1] and sum(map(len, steps[-1])) + len(group) > batch:
-                steps.append([])
-            steps[-1].append(group)
-    return [microbatches(step, microbatch) for step in steps]
+        group = row["prompt_id"] if args.loss in PAIRS else row["id"]
+        kinds.setdefault(halves and row["kind"], {}).setdefault(group, []).append(row)
+    kinds = [list(groups.values()) for groups in kinds.values()]
+    most = max(sum(map(len, groups)) for groups in kinds)
+    n = math.ceil(most * len(kinds) / batch)
+    for _ in range(epochs):
+        parts = [drawn(groups, most, n, rng) for groups in kinds]
+        steps += [step for step in map(list, map(chain, *parts)) if step]
+    if args.loss in ("kto", "factalign"):
+        steps = [[[row] for row in mismatched(sum(step, []))] for step in steps]
+    for step in steps:
+        step.sort(key=lambda group: length(distinct(group)[-1]))
+    return [[sum(step[rank::RANKS], []) for rank in range(RANKS)] for step in steps]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,23 +280,38 @@ def piece_logps(model, responses):
     return logps.split([len(completion) for _, completion in responses])
 
 
-def pieces(responses, args):
-    size = min(PIECE, args.microbatch)
-    return [responses[i:i + size] for i in range(0, len(responses), size)]
-
-
 def completion_logps(model, responses, args):
-    """{response: (tokens,) log-probs}, a few responses at a time."""
+    """{response: (tokens,) log-probs}. Where they outnumber --microbatch no graph is kept: a piece
+    is computed again when the gradient comes to it, which is exact, whatever the size."""
     import torch
+    from torch.utils.checkpoint import checkpoint
+    # Neighbours in length: 13 % of a piece of 4 are pads, 27 % of 8; a GPU prefers full pieces.
+    size = min(4 if model.device.type == "cpu" else 64, args.microbatch)
+    pieces = [responses[i:i + size] for i in range(0, len(responses), size)]
+    again = len(responses) > args.microbatch and torch.is_grad_enabled()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        found = [piece_logps(model, piece) for piece in pieces(responses, args)]
+        found = [checkpoint(piece_logps, model, piece, use_reentrant=False) if again else
+                 piece_logps(model, piece) for piece in pieces]
     return dict(zip(responses, sum(found, ())))
+
+
+def everyones(logps, device):
+    """Those of all processes."""
+    from accelerate.utils import gather_object
+    if RANKS == 1:
+        return logps
+    parts = gather_object([{key: value.cpu() for key, value in logps.items()}])
+    return {key: value.to(device) for part in parts for key, value in part.items()}
+
+
+def others(rows):
+    return [row["other"] for row in rows if "other" in row]
 
 
 def fingerprint(model, steps, args):
     """Hash of all that log-probs depend on: weights, token ids and how they are batched."""
     import torch
-    plan = [[[row["responses"] for row in some] for some in step] for step in steps]
+    plan = [[distinct(rows), distinct(others(rows))] for step in steps for rows in step]
     found = hashlib.sha256(repr((args.dtype, model.device.type, args.microbatch, plan)).encode())
     for name, weight in model.state_dict().items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -209,22 +319,27 @@ def fingerprint(model, steps, args):
     return found.hexdigest()
 
 
-def reference_logps(model, steps, args, key):
+def reference_logps(model, steps, args):
     """completion_logps of all steps without a graph, kept beside OUT. A response counts where it
     comes first: policy and reference see the same batch there, so at step 0 they are equal."""
     import torch
     from safetensors.torch import load_file, save_file
-    batches, found = [distinct(some) for step in steps for some in step], {}
-    order = list(dict.fromkeys(response for batch in batches for response in batch))
-    path = Path(args.out).parent / f"reference-{key[:16]}.safetensors"
+    name, found = f"reference-{fingerprint(model, steps, args)[:16]}.safetensors", {}
+    path = Path(args.out).parent / name
+    rows = [row for step in steps for rows in step for row in rows]
+    order = distinct(rows + others(rows))
     if not path.exists():
-        with torch.no_grad():
-            for batch in progress(batches, desc="reference", unit="batch"):
+        for step in progress(steps, desc="reference", unit="step"):
+            for batch in (distinct(step[RANK]), distinct(others(step[RANK]))):
                 if not found.keys() >= set(batch):
-                    found = {**completion_logps(model, batch, args), **found}
-        aside = f"{path}.{os.getpid()}.tmp"  # another run may want the same
-        save_file({"logps": torch.cat([found[response] for response in order])}, aside)
-        os.replace(aside, path)
+                    with torch.no_grad():
+                        found = {**completion_logps(model, batch, args), **found}
+        found = everyones(found, model.device)
+        if RANK == 0:
+            aside = f"{path}.{os.getpid()}.tmp"  # another run may want the same
+            save_file({"logps": torch.cat([found[response] for response in order])}, aside)
+            os.replace(aside, path)
+        return found
     logps = load_file(path, device=str(model.device))["logps"]
     return dict(zip(order, logps.split([len(completion) for _, completion in order])))
 
@@ -233,44 +348,65 @@ def reference_logps(model, steps, args, key):
 # One step
 
 def losses_of(rows, policy, reference, args):
-    """(losses, metrics) from {response: token log-probs} of policy and reference."""
+    """(loss, metrics) of a whole step, from {response: token log-probs} of policy and reference."""
     import torch
-    from losses import dpo_loss, sft_loss
+    import losses
+    device = next(iter(policy.values())).device
+
+    def column(logps, side=0, rows=rows):  # (B,)
+        reduce = torch.mean if args.loss == "ipo" else torch.sum
+        return torch.stack([reduce(logps[row["responses"][side]]) for row in rows])
+
+    def sentences(logps, rows):  # (M,)
+        ids, n = [], 0
+        for row in rows:
+            ids += [n + number if number >= 0 else -1 for number in row["sentence_ids"]]
+            n += len(row["sentences"])
+        flat = torch.cat([logps[row["responses"][0]] for row in rows])
+        return losses.sentence_sums(flat[None], torch.tensor([ids], device=device), n)
+
     if args.loss == "sft":  # as one long row: the sum over all tokens counts
         logps = torch.cat([policy[row["responses"][0]] for row in rows])[None]
-        return sft_loss(logps, torch.ones_like(logps))
-    columns = [torch.stack([logps[row["responses"][side]].sum() for row in rows])
-               for logps in (policy, reference) for side in (0, 1)]
-    return dpo_loss(*columns, beta=args.beta)
+        nll, metrics = losses.sft_loss(logps, torch.ones_like(logps))
+        return nll.sum() / metrics["tokens"], metrics
+    chosen = column(policy)
+    if args.loss == "cpo":
+        nll = -chosen * len(rows) / sum(len(row["responses"][0][1]) for row in rows)
+        found, metrics = losses.cpo_loss(chosen, column(policy, 1), nll, args.beta, args.alpha)
+    elif args.loss in PAIRS:
+        loss = {"dpo": partial(losses.dpo_loss, label_smoothing=args.label_smoothing),
+                "ipo": losses.ipo_loss, "rso": losses.rso_loss}[args.loss]
+        found, metrics = loss(chosen, column(policy, 1), column(reference), column(reference, 1),
+                              beta=args.beta)
+    else:
+        label = torch.tensor([row["label"] for row in rows], device=device)
+        z0 = losses.kl_estimate(*[column(logps, 0, others(rows)) for logps in (policy, reference)])
+        found, metrics = losses.kto_loss(chosen - column(reference), label, z0, args.beta,
+                                         args.desirable_weight, args.undesirable_weight)
+    if args.loss == "factalign":
+        marks = [(b, mark) for b, row in enumerate(rows) for mark in row["sentences"]]
+        numbers, marks = torch.tensor(marks, device=device, dtype=torch.long).reshape(-1, 2).T
+        z0 = losses.kl_estimate(*[sentences(logps, others(rows)) for logps in (policy, reference)])
+        parts, more = losses.fkto_loss(
+            sentences(policy, rows) - sentences(reference, rows), marks, numbers, z0,
+            args.sentence_beta, args.sentence_desirable_weight, args.sentence_undesirable_weight)
+        return losses.factalign_loss(found, parts, args.lam), {**metrics, **more}
+    kinds = [row["kind"] for row in rows]
+    weights = {kind: args.kind_weights.get(kind, 1.0) for kind in kinds}
+    return losses.mix(found, kinds, weights), metrics
 
 
-def step_loss(model, step, reference, args, learn):
-    """(loss, metrics), means over the rows of a step (sft: its tokens), whatever the microbatches;
-    with learn=True the gradient is added to the weights'. A group larger than a microbatch takes
-    two passes: its log-probs without the model's graph and the loss's gradient in them; then,
-    piece by piece, the model's graph with that gradient."""
+def step_loss(model, step, reference, args):
+    """(loss, metrics) of a step. Each process computes the log-probs of its own rows, with a graph
+    where gradients are on, and is told the rest: its gradient is its part of the step's."""
     import torch
-    rows = [row for some in step for row in some]
-    tokens = sum(len(completion) for row in rows for _, completion in row["responses"])
-    n = tokens if args.loss == "sft" else len(rows)
-    total, metrics = 0.0, {}
-    for some in step:
-        responses = distinct(some)
-        fits = len(responses) <= args.microbatch
-        with torch.set_grad_enabled(learn and fits):
-            policy = completion_logps(model, responses, args)
-        if learn and not fits:
-            policy = {r: logps.requires_grad_() for r, logps in policy.items()}
-        losses, found = losses_of(some, policy, reference, args)
-        total += losses.sum().item() / n
-        for name, value in found.items():
-            metrics[name] = metrics.get(name, 0.0) + value.item() * len(some) / len(rows)
-        if learn:
-            (losses.sum() / n).backward()
-        for piece in pieces(responses, args) if learn and not fits else ():
-            again = completion_logps(model, piece, args)
-            torch.autograd.backward(list(again.values()), [policy[r].grad for r in again])
-    return total, {"tokens": n} if args.loss == "sft" else metrics
+    with torch.no_grad():
+        told = completion_logps(model, distinct(others(step[RANK])), args)
+    before = distinct(sum(step[:RANK], []))  # what several processes have is the first one's
+    mine = [response for response in distinct(step[RANK]) if response not in before]
+    own = completion_logps(model, mine, args)
+    told |= {response: logps.detach() for response, logps in own.items()}
+    return losses_of(sum(step, []), {**everyones(told, model.device), **own}, reference, args)
 
 
 def check_head(model, response):
@@ -290,10 +426,12 @@ def check_head(model, response):
 # ---------------------------------------------------------------------------------------------
 # The loop
 
-def rate(step, n, warmup):
-    """Share of the peak learning rate: linear up over warmup * n steps, then linear down to 0."""
-    rising = int(warmup * n)
-    return (step + 1) / (rising + 1) if step < rising else (n - step) / (n - rising)
+def rate(step, n, args):
+    """Share of the peak learning rate: linear up over warmup * n steps, then as --schedule says."""
+    rising = int(args.warmup * n)
+    left = (n - step) / (n - rising)  # 1 ... 0
+    fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+    return (step + 1) / (rising + 1) if step < rising else fall[args.schedule]
 
 
 def sweep(folder, pattern="step-*.pt", keep=0):
@@ -301,12 +439,30 @@ def sweep(folder, pattern="step-*.pt", keep=0):
         path.unlink()
 
 
-def train(model, steps, held, reference, args, key, log):
-    """Update the model in place, from the newest checkpoint beside the open log.jsonl on."""
+def weigh(rows, args):
+    """KTO's own advice: weight x count of one label at most 4/3 of the other's."""
+    for what, labels, true, false in (
+            ("rows", [row["label"] for row in rows], args.desirable_weight,
+             args.undesirable_weight),
+            ("sentences", [label for row in rows for label in row["sentences"]],
+             args.sentence_desirable_weight, args.sentence_undesirable_weight)):
+        true, false = labels.count(True) * true, labels.count(False) * false
+        if 3 * max(true, false) > 4 * min(true, false):
+            print(f"{what}: weight x count is {true:g} where the label is true, {false:g} where it "
+                  "is false: more than 4 to 3", file=sys.stderr)
+
+
+def train(model, steps, held, reference, args, key, folder, log):
+    """Update the model in place, from the newest checkpoint in `folder` on."""
     import torch
-    folder, start, end_of_log = Path(log.name).parent, 0, 0
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0, fused=True)
+    weights, start, end_of_log = [w for w in model.parameters() if w.requires_grad], 0, 0
+    if args.optim == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+        optimizer = AdamW8bit(weights, weight_decay=0.0)
+    elif args.optim == "rmsprop":
+        optimizer = torch.optim.RMSprop(weights)
+    else:
+        optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
     newest = max(folder.glob("step-*.pt"), default=None)
     if newest:
         state = torch.load(newest, map_location=model.device, weights_only=True)
@@ -320,99 +476,138 @@ def train(model, steps, held, reference, args, key, log):
     log.truncate(end_of_log)
 
     for number in progress(range(start, len(steps) + 1), unit="step"):
-        if args.save_every and number % args.save_every == 0 and number > start:
+        if args.save_every and number % args.save_every == 0 and number > start and RANK == 0:
             torch.save({"key": key, "step": number, "end_of_log": log.tell(),
                         "optimizer": optimizer.state_dict(), "weights": weights}, folder / "new")
             os.replace(folder / "new", folder / f"step-{number:07d}.pt")  # whole, or not there
             sweep(folder, keep=2)
         if held and (number % (args.eval_every or len(steps)) == 0 or number == len(steps)):
-            loss, metrics = step_loss(model, held, reference, args, learn=False)
-            row = {"step": number, "eval_loss": loss, **{f"eval_{k}": metrics[k] for k in metrics}}
-            print(dumps(row), file=log, flush=True)
-            right = f", {metrics['rewards/accuracies']:.1%} right" if reference and number else ""
-            print(f"step {number}: held-out loss {loss:.4f}{right}")
+            with torch.no_grad():
+                loss, metrics = step_loss(model, held, reference, args)
+            row = {f"eval_{k}": v.item() for k, v in {"loss": loss, **metrics}.items()}
+            print(dumps({"step": number, **row}), file=log, flush=True)
+            print(f"step {number}: held-out loss {loss:.4f}")
         if number == len(steps):
             return
-        lr = args.lr * rate(number, len(steps), args.warmup)
-        loss, metrics = step_loss(model, steps[number], reference, args, learn=True)
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
-        if not math.isfinite(loss + norm):
-            sys.exit(f"step {number}: loss {loss:.4g} and gradient norm {norm:.4g} from the rows "
-                     + ", ".join(row["id"] for some in steps[number] for row in some))
-        if number == 0 and reference:
-            print(f"step 0: loss {loss:.4f}; ln 2 = {math.log(2):.4f} where policy is reference")
-            if abs(loss - math.log(2)) > (1e-3 if args.dtype == "float32" else 2e-2):
+        loss, metrics = step_loss(model, steps[number], reference, args)
+        if number == 0 and reference and args.ref == "start":
+            start_loss, _ = losses_of(sum(steps[0], []), reference, reference, args)
+            print(f"step 0: loss {loss:.4f}; {start_loss:.4f} where policy is reference")
+            if abs(loss - start_loss) > (1e-3 if args.dtype == "float32" else 2e-2):
                 sys.exit("step 0: the policy is not the reference before training")
+        if loss.requires_grad:  # a process may have no row
+            loss.backward()
+        for weight in weights if RANKS > 1 else ():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            torch.distributed.all_reduce(weight.grad)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
+        if not math.isfinite(loss.item() + norm):
+            sys.exit(f"step {number}: loss {loss:.4g} and gradient norm {norm:.4g} from the rows "
+                     + ", ".join(row["id"] for rows in steps[number] for row in rows))
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = args.lr * rate(number, len(steps), args)
         optimizer.step()
         optimizer.zero_grad()
         row = {"step": number, "epoch": round(number * args.epochs / len(steps), 4),
-               "learning_rate": lr, "loss": loss, "grad_norm": norm, **metrics}
-        print(dumps(row), file=log, flush=True)
+               "learning_rate": group["lr"], "loss": loss.item(), "grad_norm": norm}
+        print(dumps({**row, **{k: v.item() for k, v in metrics.items()}}), file=log, flush=True)
 
 
-def with_lora(model, args):
-    """The model with a new adapter, which adds nothing yet: the policy starts as the reference."""
+def policy_of(args, device):
+    """(model to train, tokenizer). A new adapter adds nothing yet: the policy starts as --model."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    torch.manual_seed(args.seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear",
-                                            r=args.lora_r, lora_alpha=args.lora_alpha))
+    from peft import LoraConfig, PeftModel, get_peft_model
+    dtype = "float32" if args.full else args.dtype
+    model, tokenizer, _ = load_model(args.model, dtype=dtype, device=device)
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+        model = model.merge_and_unload().requires_grad_() if args.full else model
+    elif not args.full:
+        torch.manual_seed(args.seed)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear",
+                                                 r=args.lora_r, lora_alpha=args.lora_alpha))
+    model.eval()  # no dropout anywhere
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():  # it happens in layers that believe they train
+            module.training = hasattr(module, "gradient_checkpointing")
+    return model, tokenizer
+
+
+def reference_model(args, policy):
+    adapter = args.ref if (Path(args.ref) / "adapter_config.json").exists() else None
+    if args.ref == "start":
+        return policy
+    return load_model(args.model if adapter or args.ref == "base" else args.ref, adapter,
+                      "float32" if args.full else args.dtype, policy.device)[0]
 
 
 def main():
     args = parse_args()
-    rows = read_rows(args.inp, args.loss, args.limit)
-    eval_rows = read_rows(args.eval_prefs, args.loss) if args.eval_prefs else []
-    both = {row["prompt_id"] for row in rows} & {row["prompt_id"] for row in eval_rows}
-    if both:
-        die(f"{args.eval_prefs}: expected other prompts than --prefs, found {sorted(both)}")
-    out, work = Path(args.out), Path(f"{Path(args.out)}.tmp")
-    args.rows = len(rows)  # a flag to same_run: more rows are another plan
-    for folder in (work, out):
-        memo, text = same_run(folder, args, rows)
-        if folder.exists() and not memo.exists():
-            die(f"{folder} is there, and no run of this stage made it. Choose another --out")
-    if out.exists() and not args.overwrite:
+    files = [read_jsonl(path, {"prompt": (str, list)}, made_by="04_build_prefs.py",
+                        parts=lambda row: lacks(row, args.loss))
+             for path in (args.inp, args.eval_prefs) if path]
+    files[0], out = files[0][:args.limit], Path(args.out)
+    args.rows, args.held = len(files[0]), digest(sum(files[1:], []))  # flags: no run outlives them
+    unknown = args.kind_weights.keys() - {row.get("kind") for row in files[0]}
+    if unknown:
+        die(f"{args.inp}: expected rows of each of --kind-weights, found no {sorted(unknown)}")
+    memo, text = same_run(out, args, files[0])
+    if out.exists() and not (out.is_dir() and memo.exists()):
+        die(f"{out} is there, and no run of this stage made it. Choose another --out")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    if ((out / "README.md").exists() and not args.overwrite
+            and json.loads(memo.read_text(encoding="utf-8")).get("finished")):
         sweep(out)
         print(f"{out} is finished: the same flags and rows made it")
         return 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    dtype = "float32" if args.full else args.dtype
-    model, tokenizer, _ = load_model(args.model, dtype=dtype, device=args.device)
-    model = model if args.full else with_lora(model, args)
-    rows = encode_rows(tokenizer, rows, args.max_length)
-    held = encode_rows(tokenizer, eval_rows, args.max_length)
-    if not rows or (eval_rows and not held):
+
+    from accelerate import PartialState
+    processes = PartialState(cpu=args.device == "cpu")
+    model, tokenizer = policy_of(args, args.device if RANKS == 1 else processes.device)
+    rows, *held = [encode_rows(tokenizer, some, args) for some in files]
+    both = {row["prompt_id"] for row in rows} & {row["prompt_id"] for some in held for row in some}
+    if both:
+        die(f"{args.eval_prefs}: expected other prompts than --prefs, found {sorted(both)}")
+    if not rows or [] in held:
         die(f"expected rows of at most {args.max_length} tokens (--max-length), found none")
     check_head(model, rows[0]["responses"][0])
-    steps = plan(rows, args.batch, args.epochs, args.seed, args.microbatch)
-    held = sum(plan(held, args.batch, 1, args.seed, args.microbatch), [])  # as one large step
-    key = fingerprint(model, [*steps, held], args)
-    reference = {} if args.loss == "sft" else reference_logps(model, [*steps, held], args, key)
-    write_whole(f"{work}.args.json", text)
-    work.mkdir(exist_ok=True)
-    with open(work / "log.jsonl", "a", encoding="utf-8", newline="\n") as log:
+    weigh(rows, args)
+    steps = plan(rows, args, args.batch, args.epochs, args.halves)
+    held = plan(held[0], args, len(held[0]), 1) if held else []  # one large step
+    key, reference = fingerprint(model, steps + held, args), {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.loss not in ("sft", "cpo"):
+        reference = reference_logps(reference_model(args, model), steps + held, args)
+
+    if RANK == 0 and not out.exists():
+        write_whole(memo, text)  # a folder without it would be somebody else's
+        out.mkdir()
+    with (open(out / "log.jsonl", "a", encoding="utf-8", newline="\n") if RANK == 0 else
+          tempfile.TemporaryFile("w")) as log:
         lock(log, out)
-        if args.overwrite:
-            sweep(work, "[!l]*")  # all but log.jsonl
-        train(model, steps, held, reference, args, key + text, log)
-        (model.bfloat16() if args.full else model).save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        if RANK == 0:
+            if args.overwrite or not [*out.glob("step-*.pt")]:
+                (out / "README.md").unlink(missing_ok=True)  # first: it says that the rest is there
+                sweep(out, "[!l]*")  # all but log.jsonl
+            write_whole(memo, text)
+        processes.wait_for_everyone()
+        train(model, steps, sum(held, []), reference, args, key + text, out, log)
+        processes.destroy_process_group()
+        if RANK:
+            return 0
+        model = model.merge_and_unload() if args.merge and not args.full else model
+        (model.bfloat16() if args.full or args.merge else model).save_pretrained(out)
+        tokenizer.save_pretrained(out)
         told = shlex.join(["python", "05_train.py", *sys.argv[1:]])
         card = f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}"
-        write_whole(work / "README.md", card)
-        shutil.rmtree(f"{work}.old", ignore_errors=True)
-        if out.exists():  # --overwrite; never a moment with half of a model in OUT
-            out.rename(f"{work}.old")
-        write_whole(f"{out}.args.json", text)
-        work.rename(out)
-    Path(f"{work}.args.json").unlink()
-    shutil.rmtree(f"{work}.old", ignore_errors=True)
-    sweep(out)
+        write_whole(out / "README.md", card)
+        write_whole(memo, dumps({**json.loads(text), "finished": True}) + "\n")
+        sweep(out)
     report(rows_in=args.rows, trained_on=len(rows), left_out=args.rows - len(rows),
-           steps=len(steps), held_out=sum(map(len, held)))
+           sentences=sum(len(row["sentences"]) for row in rows), steps=len(steps),
+           held_out=sum(map(len, sum(held, []))))
     return 0
 
 

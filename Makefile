@@ -43,4 +43,8 @@ test: world
 chaos: world
 	NANOFACT_CHAOS=1 $(PY) -m pytest -q tests/test_train.py -k test_kill
 
-.PHONY: world demo test chaos
+# 05 side by side with TRL, which goes into runs/bench and nowhere else; 20 minutes, nothing beside it
+bench: world
+	$(PY) tests/bench_train.py
+
+.PHONY: world demo test chaos bench

@@ -1,4 +1,6 @@
 """05_train.py's tokens with the real tokenizer: spans of sentences, one BOS, the prompt as 01's."""
+from types import SimpleNamespace
+
 import pytest
 import rules
 import torch
@@ -113,6 +115,39 @@ def test_the_second_of_two_equal_sentences_has_its_own_tokens(real):
     same = [[t for t, n in enumerate(found) if n == sentence] for sentence in (0, 2, 3, 4)]
     assert all(len(at) >= 4 for at in same)
     assert all(a[-1] < b[0] for a, b in zip(same, same[1:]))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_sentences_without_spans_are_searched(real, text):
+    """FactAlign's rows have sentences alone: each is found where the splitter cut it, the second
+    of two equal ones behind the first."""
+    spans = rules.sentences(text)
+    found = train.search([f" {text[slice(*span)]}\n" for span in spans], text)
+    for (a, b), (start, end) in zip(found, spans, strict=True):
+        assert text[a:b] == text[start:end].strip() and start <= a <= b <= end
+    assert train.sentence_ids(real, text, found) == train.sentence_ids(real, text, spans)
+
+
+def test_labels_of_a_row_meet_its_tokens(real):
+    """A sentence that the text does not hold has no token and no label; the others keep theirs."""
+    text = "It is so. Never. It is so. It borders Peru."
+    row = {"id": "a", "prompt": "Who?", "completion": [{"role": "assistant", "content": text}],
+           "label": True, "sentence_label": [True, False, True, False],
+           "completion_sentences": ["Never.", "It is so.", "It is gone.", "It borders Peru."]}
+    args = SimpleNamespace(loss="factalign", max_length=1024)
+    own = {**row, "sentence_spans": [[10, 16], [17, 26], [0, 0], [27, 43]]}  # as 04 writes them
+    for made in train.encode_rows(real, [row, own], args):
+        completion, numbers = made["responses"][0][1], made["sentence_ids"]
+        assert made["sentences"] == [True, False, False] and len(numbers) == len(completion)
+        said = {n: real.decode([t for t, m in zip(completion, numbers) if m == n])
+                for n in {*numbers}}
+        assert said == {-1: "It is so.<|im_end|>", 0: " Never.", 1: " It is so.",
+                        2: " It borders Peru."}
+    moved, = train.encode_rows(real, [{**own, "sentence_spans": [[0, 0], [0, 9], [0, 0], [0, 0]]}],
+                               args)
+    assert moved["sentences"] == [False]  # spans are believed
+    kto, = train.encode_rows(real, [row], SimpleNamespace(loss="kto", max_length=1024))
+    assert kto["sentences"] == [] and {*kto["sentence_ids"]} == {-1} and kto["label"] is True
 
 
 WORDS = st.sampled_from(["It", "borders", "Peru", "1,000.5", "U.S.", "'s", "-", "naïve", "e\u0301",

@@ -1,29 +1,35 @@
 """05_train.py: rows, the plan, log-probs and updates against a plain loop written apart, LoRA, the
 reference's cache, kills. In this process where that will do; NANOFACT_CHAOS=1 kills 20 times more.
 """
+import copy
+import importlib.util
 import io
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections import Counter
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
 from unittest import mock
 
+import peft
 import pytest
 import test_reliability as reliability
 import torch
-from common import load_model
+import transformers
+from common import load_model, read_jsonl
 from conftest import read_rows, stage, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig,
-                          GraniteForCausalLM)
+                          GraniteForCausalLM, PreTrainedTokenizerFast)
 
 train = stage("05_train")
 launcher, one_thread = reliability.launcher, reliability.one_thread  # fixtures
@@ -80,32 +86,40 @@ def run_train(*args, **kwargs):
 
 
 def settings(**changes):
-    """The flags that the functions of the loop read; fp64 weights make the right answer sharp."""
+    """Flags as the functions take them; fp64 weights make the right answer sharp."""
+    with mock.patch.object(sys, "argv", ["05_train.py", "--prefs", "x", "--out", "y"]):
+        flags = vars(train.parse_args())
+    assert not changes.keys() - flags.keys()
     return SimpleNamespace(**{
-        "loss": "dpo", "dtype": "float32", "lr": 1e-3, "beta": 0.1, "clip": 1.0, "warmup": 0.0,
-        "epochs": 1, "microbatch": 32, "save_every": 0, "eval_every": 0, **changes})
+        **flags, "dtype": "float32", "lr": 1e-3, "warmup": 0.0, "microbatch": 32,
+        "save_every": 0, "lora_r": 4, **changes})
 
 
 def loop(folder, model, steps, reference, args):
     """`train` with its log in `folder`; the rows of the log."""
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        train.train(model, steps, [], reference, args, "key", log)
+        train.train(model, steps, [], reference, args, "key", folder, log)
     return read_rows(folder / "log.jsonl")
 
 
 def reference_of(folder, model, steps, args):
     args.out = folder / "tuned"
-    return train.reference_logps(model, steps, args, "key")
+    return train.reference_logps(model, steps, args)
 
 
 def load(folder):
     return load_model(str(folder), dtype="float32", device="cpu")[:2]
 
 
-def encoded(tokenizer, tmp_path, rows, max_length=1024):
-    loss = "sft" if "completion" in rows[0] else "dpo"
-    read = train.read_rows(write_rows(tmp_path / "rows.jsonl", rows), loss)
-    return train.encode_rows(tokenizer, read, max_length)
+def encoded(tokenizer, rows, **changes):
+    args = settings(loss="sft" if "completion" in rows[0] else "dpo", **changes)
+    return train.encode_rows(tokenizer, rows, args)
+
+
+def flat(steps):
+    """The rows of each step, all of them this one process's."""
+    assert all(len(step) == 1 for step in steps)
+    return [rows for rows, in steps]
 
 
 def plain_logp(model, response):
@@ -114,6 +128,10 @@ def plain_logp(model, response):
     ids = torch.tensor([[*prompt, *completion]])
     logps = model(input_ids=ids).logits.log_softmax(-1)[0]
     return sum(logps[t - 1, ids[0, t]] for t in range(len(prompt), ids.shape[1]))
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 def bytes_of(folder, names=("log.jsonl", "model.safetensors", "adapter_model.safetensors")):
@@ -136,91 +154,140 @@ def test_end_of_turn_only_where_the_model_ended(tiny_model):
                                             "<|im_start|>assistant\n")
 
 
-def test_long_rows_are_left_out_whole(tiny_model, tmp_path):
+def test_long_rows_are_left_out_whole(tiny_model):
     _, tokenizer = load(tiny_model)
     rows = [pair("a"), pair("b", chosen="x" * 300), pair("c", rejected="x" * 300)]
-    whole = encoded(tokenizer, tmp_path, rows)
+    whole = encoded(tokenizer, rows)
     assert [row["id"] for row in whole] == ["a>0", "b>0", "c>0"]
-    assert encoded(tokenizer, tmp_path, rows, 200) == whole[:1]
+    assert encoded(tokenizer, rows, max_length=200) == whole[:1]
     longest = max(len(prompt) + len(completion) for prompt, completion in whole[0]["responses"])
-    assert len(encoded(tokenizer, tmp_path, rows[:1], longest)) == 1
-    assert len(encoded(tokenizer, tmp_path, rows[:1], longest - 1)) == 0
+    assert len(encoded(tokenizer, rows[:1], max_length=longest)) == 1
+    assert len(encoded(tokenizer, rows[:1], max_length=longest - 1)) == 0
     rows = [target("a"), target("b", "", "length")]  # not one token to train on
-    assert [row["prompt_id"] for row in encoded(tokenizer, tmp_path, rows)] == ["a"]
+    assert [row["prompt_id"] for row in encoded(tokenizer, rows)] == ["a"]
 
 
-def test_rows_of_others_are_whole(tmp_path):
+def test_rows_of_others_are_whole(tiny_model, tmp_path):
     """TRL's pairs and completions say no finish; 04's targets do, and more."""
+    _, tokenizer = load(tiny_model)
+
+    def read(rows, loss):
+        found = read_jsonl(write_rows(tmp_path / "rows.jsonl", rows), {"prompt": (str, list)},
+                           parts=lambda row: train.lacks(row, loss))
+        return train.encode_rows(tokenizer, found, settings(loss=loss))
+
+    def texts(row):  # "$" where the turn ends
+        return [tokenizer.decode(c).replace("<|im_end|>", "$") for _, c in row["responses"]]
+
     row = pair("a")
-    del row["finish"], row["prompt_id"]
-    read, = train.read_rows(write_rows(tmp_path / "rows.jsonl", [row]), "dpo")
-    assert read["texts"] == [("yes yes.", "stop"), ("no no.", "stop")]
-    assert read["prompt_id"] == json.dumps(row["prompt"])
+    del row["finish"], row["prompt_id"], row["id"]
+    found, = read([row], "dpo")
+    assert texts(found) == ["yes yes.$", "no no.$"]
+    assert found["prompt_id"] == json.dumps(row["prompt"]) and found["id"] == "rows-1"
     row["finish"] = {"rejected": "length"}  # says nothing of the other
-    read, = train.read_rows(write_rows(tmp_path / "rows.jsonl", [row]), "dpo")
-    assert read["texts"] == [("yes yes.", "stop"), ("no no.", "length")]
+    found, = read([row], "dpo")
+    assert texts(found) == ["yes yes.$", "no no."]
     rows = [{"prompt": row["prompt"], "completion": said("so.")},
             {"prompt": "Who?", "completion": said("so.")},
             {**target("b", "it", "length"), "score": 0.5, "kind": "fact", "topic": "B"}]
-    read = train.read_rows(write_rows(tmp_path / "rows.jsonl", rows), "sft")
-    assert [r["texts"] for r in read] == [[("so.", "stop")]] * 2 + [[("it", "length")]]
-    assert read[1]["prompt"] == [{"role": "user", "content": "Who?"}]
-    assert [r["prompt_id"] for r in read][::2] == [json.dumps(row["prompt"]), "b"]
-    assert len(train.read_rows(tmp_path / "rows.jsonl", "sft", limit=2)) == 2
+    found = read(rows, "sft")
+    assert [texts(r) for r in found] == [["so.$"], ["so.$"], ["it"]]
+    asked = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(found[1]["responses"][0][0]) == asked
+    assert [r["prompt_id"] for r in found][::2] == [json.dumps(row["prompt"]), "b"]
+    assert [r["kind"] for r in found] == ["", "", "fact"]
 
 
 # ---------------------------------------------------------------------------------------------
 # The plan
 
-def lengths_to_plan(*groups):
+def lengths_to_plan(*groups, kind=""):
     """Rows as `plan` takes them: of each group n pairs, which share their first response."""
-    return [{"id": f"{g}/{n}", "prompt_id": g, "responses": [((g,), (0,)), ((g,), (1,) * (n + 1))]}
+    return [{"id": f"{kind}{g}/{n}", "prompt_id": f"{kind}{g}", "kind": kind,
+             "responses": [((g,), (0,)), ((g,), (1,) * (n + 1))]}
             for g, size in enumerate(groups) for n in range(size)]
+
+
+def ids_of(rows):
+    return [row["id"] for row in rows]
 
 
 def test_plan_keeps_groups_whole_and_uses_each_pair_once_an_epoch():
     pairs = lengths_to_plan(*(1 + g % 5 for g in range(40)))
-    steps = train.plan(pairs, 8, 2, seed=3, microbatch=4)
-    assert steps == train.plan(pairs, 8, 2, seed=3, microbatch=4)
-    assert steps != train.plan(pairs, 8, 2, seed=4, microbatch=4)
-    flat = [[row for some in step for row in some] for step in steps]
-    ids, half = [row["id"] for step in flat for row in step], len(pairs)
-    assert sorted(ids[:half]) == sorted(ids[half:]) == sorted(row["id"] for row in pairs)
-    assert ids[:half] != ids[half:]
-    counts, total = [len(step) for step in flat], 0
-    assert max(counts) <= 8
-    for count in counts:
-        total += count
-        if total == half:
-            break
-    assert total == half  # an epoch ends with a step
-    for some in sum(steps, []):
-        groups = {row["prompt_id"] for row in some}
-        for group in groups:
-            assert sum(row["prompt_id"] == group for row in some) == 1 + group % 5
-        assert len({r for row in some for r in row["responses"]}) <= 4 or len(groups) == 1
-    assert any(len({row["prompt_id"] for row in some}) > 1 for step in steps for some in step)
+    before = copy.deepcopy(pairs)
+    planned = train.plan(pairs, settings(seed=3), 8, 2)
+    random.seed(5)  # nobody else's dice
+    assert planned == train.plan(pairs, settings(seed=3), 8, 2) and pairs == before
+    assert planned != train.plan(pairs, settings(seed=4), 8, 2)
+    steps = flat(planned)
+    first, second = (ids_of(sum(steps[n:n + 15], [])) for n in (0, 15))
+    assert len(steps) == 30  # an epoch ends with a step: 120 pairs are 15 steps of 8
+    assert sorted(first) == sorted(second) == sorted(ids_of(pairs)) and first != second
+    for step in steps:
+        for group, count in Counter(row["prompt_id"] for row in step).items():
+            assert count == 1 + int(group) % 5
+        longest = {row["prompt_id"]: len(row["responses"][1][1]) for row in step}
+        assert list(longest.values()) == sorted(longest.values())  # little padding
+    assert any(len({row["prompt_id"] for row in step}) > 1 for step in steps)
+
+
+@pytest.mark.parametrize("sizes, batch", [
+    ([1] * 25, 8), ([1] * 3, 8), ([1] * 65, 16), ([2] * 31, 8), ([3] * 20, 8), ([5] * 17, 8),
+    ([7] * 9, 20), ([1, 2, 3, 4, 5] * 8, 8), ([1, 6] * 11, 16)])
+def test_plan_fills_steps_evenly(sizes, batch):
+    """No short last step: all are within one group of the mean; of equal groups, of each other."""
+    for seed in range(10):
+        steps = flat(train.plan(lengths_to_plan(*sizes), settings(seed=seed), batch, 1))
+        counts, mean = [len(step) for step in steps], sum(sizes) / len(steps)
+        assert len(steps) == -(-sum(sizes) // batch)
+        assert all(abs(count - mean) < max(sizes) for count in counts)
+        assert len(set(sizes)) > 1 or max(counts) - min(counts) <= max(sizes)
 
 
 def test_plan_of_a_large_group_and_of_targets():
     big = lengths_to_plan(20)
-    assert train.plan(big, 8, 1, seed=0, microbatch=4) == [[big]]
-    # Targets share no response: those of a prompt need no common step, and a step is full.
+    assert train.plan(big, settings(), 8, 1) == [[big]]
+    # Targets share no response: those of a prompt need no common step.
     alone = [{**row, "responses": row["responses"][1:]} for row in lengths_to_plan(5, 20)]
-    steps = train.plan(alone, 8, 1, seed=0, microbatch=3)
-    assert [sum(map(len, step)) for step in steps] == [8, 8, 8, 1]
-    assert all(len(some) <= 3 for step in steps for some in step)
-    for step in steps:  # neighbours in length, so that a microbatch is little padding
-        longest = [len(row["responses"][0][1]) for some in step for row in some]
+    steps = flat(train.plan(alone, settings(loss="sft"), 8, 1))
+    assert sorted(map(len, steps)) == [6, 6, 6, 7]
+    assert any(len({row["prompt_id"] for row in step}) == 2 for step in steps)
+    assert sorted(ids_of(sum(steps, []))) == sorted(ids_of(alone))
+    for step in steps:  # neighbours in length, so that a piece is little padding
+        longest = [len(row["responses"][0][1]) for row in step]
         assert longest == sorted(longest)
 
 
-def test_rate_rises_then_falls():
-    shares = [train.rate(step, 20, 0.2) for step in range(20)]
+def test_halves_give_each_kind_an_equal_part_and_the_smaller_goes_round():
+    facts, style = lengths_to_plan(*[2] * 20, kind="fact"), lengths_to_plan(*[1] * 12, kind="style")
+    planned = train.plan(facts + style, settings(), 8, 3, halves=True)
+    steps = flat(planned)
+    assert len(steps) == 30 and planned == train.plan(facts + style, settings(), 8, 3, True)
+    for epoch in (steps[:10], steps[10:20], steps[20:]):
+        for step in epoch:
+            assert Counter(row["kind"] for row in step) == {"fact": 4, "style": 4}
+        drawn = Counter(ids_of(sum(epoch, [])))
+        assert [drawn[name] for name in ids_of(facts)] == [1] * 40  # the larger: once an epoch
+        assert {drawn[name] for name in ids_of(style)} == {3, 4}  # 40 draws from 12
+        for a in range(0, 9, 3):  # a round leaves nobody out
+            some = [row for step in epoch[a:a + 3] for row in step if row["kind"] == "style"]
+            assert sorted(ids_of(some)) == sorted(ids_of(style))
+    counts = {Counter(row["kind"] for row in step)["style"]
+              for step in flat(train.plan(facts + style, settings(), 8, 3))}
+    assert len(counts) > 1  # mixed where nobody asks for halves
+
+
+@pytest.mark.parametrize("schedule, fall", [
+    ("linear", lambda k: 1 - k / 16), ("constant", lambda k: 1),
+    ("cosine", lambda k: math.cos(math.pi * k / 32) ** 2)])
+def test_rate_rises_then_falls(schedule, fall):
+    args = settings(warmup=0.2, schedule=schedule)
+    shares = [train.rate(step, 20, args) for step in range(20)]
     assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    falls = [a - b for a, b in zip(shares[4:], shares[5:])]
-    assert falls == pytest.approx([1 / 16] * 15) and shares[-1] == pytest.approx(1 / 16)
-    assert train.rate(0, 1, 0.5) == 1.0
+    assert shares[4:] == pytest.approx([fall(k) for k in range(16)])
+    assert shares[12] == pytest.approx(1 if schedule == "constant" else 0.5)
+    assert train.rate(0, 1, settings(warmup=0.5, schedule=schedule)) == 1
+    assert train.rate(0, 9, settings(warmup=0.0, schedule=schedule)) == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -249,13 +316,13 @@ def test_the_shift_in_powers_of_two(head, monkeypatch):
         assert logps.tolist() == pytest.approx(right, abs=1e-9)
 
 
-def test_log_probs_match_the_plain_way(tiny_model, tmp_path):
+def test_log_probs_match_the_plain_way(tiny_model):
     model, tokenizer = load(tiny_model)
     rows = [pair(f"{'x' * i}", "y" * (1 + 7 * i), "n" * (30 - i), 0, ("stop", "length"))
             for i in range(6)]  # several pieces, all lengths different
-    responses = train.distinct(encoded(tokenizer, tmp_path, rows))
+    responses = train.distinct(encoded(tokenizer, rows))
     found = train.completion_logps(model, responses, settings())
-    assert list(found) == responses and len(found) == 12 > train.PIECE
+    assert list(found) == responses and len(found) == 12  # three pieces and more
     for (prompt, completion), logps in found.items():
         assert logps.shape == (len(completion),) and logps.dtype == torch.float32
         right = plain_logp(model, (prompt, completion)).item()
@@ -265,44 +332,55 @@ def test_log_probs_match_the_plain_way(tiny_model, tmp_path):
     assert 1e-4 < max(gaps) < 0.1 and rough[responses[0]].dtype == torch.float32
 
 
-def test_a_shared_response_goes_through_once(tiny_model, tmp_path, monkeypatch):
+def test_a_shared_response_goes_through_once(tiny_model, monkeypatch):
     model, tokenizer = load(tiny_model)
-    rows, seen = encoded(tokenizer, tmp_path, UNEVEN[:5]), []
+    rows, seen = encoded(tokenizer, UNEVEN[:5]), []
     monkeypatch.setattr(train, "piece_logps", lambda model, piece: seen.extend(piece) or tuple(
         torch.zeros(len(completion)) for _, completion in piece))
     reference = {response: torch.zeros(len(response[1])) for response in train.distinct(rows)}
-    train.step_loss(model, [rows], reference, settings(), learn=False)
+    with torch.no_grad():  # then nothing is computed again, either
+        train.step_loss(model, [rows], reference, settings(microbatch=2))
     assert len(seen) == 6 == len(set(seen))  # 5 pairs, one chosen
     lengths = [len(p) + len(c) for p, c in seen]
     assert lengths == sorted(lengths)
 
 
 def gradients(model, rows, args):
-    """(loss, metrics, {weight: gradient}) of one step over all rows, far from the reference."""
-    step, = train.plan(rows, 99, 1, 0, args.microbatch)
+    """One step over all rows, far from the reference: its loss, metrics and gradients, how often
+    pieces went through the model, how many bytes the graph held before the gradient came."""
+    step, = train.plan(rows, args, 99, 1)
     noise = torch.Generator().manual_seed(5)
     reference = {(p, c): 5 * torch.randn(len(c), dtype=torch.float64, generator=noise)
                  for p, c in train.distinct(rows)}
     model.zero_grad()
-    loss, metrics = train.step_loss(model, step, reference, args, learn=True)
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    largest = max(len(train.distinct(some)) for some in step)
-    return loss, metrics, found, reference, largest
+    held = []
+    with mock.patch.object(train, "piece_logps", mock.Mock(wraps=train.piece_logps)) as pieces:
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda saved: held.append(saved.nbytes) or saved, lambda saved: saved):
+            loss, metrics = train.step_loss(model, step, reference, args)
+        loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters()
+             if weight.requires_grad}
+    return SimpleNamespace(loss=loss.item(), metrics=metrics, of=found, reference=reference,
+                           passes=pieces.call_count, held=sum(held))
 
 
 @pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-6), (torch.float64, 2e-8)])
-def test_passes_and_chunks_change_no_gradient(kind, tolerance, tiny_model, tmp_path, monkeypatch):
-    """A group of 6 responses in one pass and in two, the head whole and in chunks: all as plain."""
+def test_pieces_and_chunks_change_no_gradient(kind, tolerance, tiny_model, monkeypatch):
+    """A graph that is kept, pieces that are computed again, the head in chunks: all as plain."""
     model, tokenizer = load(tiny_model)
-    model, rows = model.to(kind), encoded(tokenizer, tmp_path, UNEVEN)
-    found = {size: gradients(model, rows, settings(microbatch=size)) for size in (32, 1, 2, 3)}
-    assert [largest for *_, largest in found.values()] == [11, 6, 6, 6]  # three need two passes
+    model, rows = model.to(kind), encoded(tokenizer, UNEVEN)
+    found = {size: gradients(model, rows, settings(microbatch=size)) for size in (32, 11, 1, 2, 3)}
+    # 11 responses, on a CPU at most 4 a piece: where they outnumber the microbatch twice
+    assert {size: one.passes for size, one in found.items()} == {
+        32: 3, 11: 3, 1: 2 * 11, 2: 2 * 6, 3: 2 * 4}
+    assert all(found[size].held < found[32].held / 20 for size in (1, 2, 3))
     monkeypatch.setattr(train, "HEAD", 3)
     found["chunks"] = gradients(model, rows, settings())
     found["both"] = gradients(model, rows, settings(microbatch=2))
 
     model.zero_grad()
-    reference, margins = found[32][3], []
+    reference, margins = found[32].reference, []
     for row in rows:
         policy = [plain_logp(model, response) for response in row["responses"]]
         ref = [reference[response].sum() for response in row["responses"]]
@@ -310,13 +388,59 @@ def test_passes_and_chunks_change_no_gradient(kind, tolerance, tiny_model, tmp_p
     right = sum(-logsigmoid(margin) for margin in margins) / len(rows)
     right.backward()
     assert max(margins) - min(margins) > 1  # pairs weigh differently
-    for loss, metrics, grads, *_ in found.values():
-        assert loss == pytest.approx(right.item(), abs=tolerance)
+    for one in found.values():
+        assert one.loss == pytest.approx(right.item(), abs=tolerance)
         mean = sum(margins).item() / len(rows)
-        assert metrics["rewards/margins"] == pytest.approx(mean, rel=1e-5)
+        assert one.metrics["rewards/margins"].item() == pytest.approx(mean, rel=1e-5)
         for name, weight in model.named_parameters():
-            gap, largest = (grads[name] - weight.grad).abs().max(), weight.grad.abs().max()
+            gap, largest = (one.of[name] - weight.grad).abs().max(), weight.grad.abs().max()
             assert gap <= min(tolerance, 1e-5 * largest), name
+
+
+def dropping(tiny_model, folder):
+    """The tiny model, and an adapter of it, that drop half of what they can while they train."""
+    shutil.copytree(tiny_model, folder / "model")
+    for name, change in (("model/config.json", {"attention_dropout": 0.5}),
+                         ("adapter/adapter_config.json", {"lora_dropout": 0.5})):
+        if name.startswith("adapter"):
+            args = settings(model=str(folder / "model"))
+            model, _ = train.policy_of(args, "cpu")
+            for weight in model.parameters():  # B is 0 in a new one
+                weight.data += 0.01 * weight.requires_grad
+            model.save_pretrained(folder / "adapter")
+        config = json.loads((folder / name).read_text())
+        assert change.keys() <= config.keys()
+        (folder / name).write_text(json.dumps(config | change))
+    return {"model": str(folder / "model"), "adapter": str(folder / "adapter")}
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_computed_again_is_the_same_and_nothing_is_dropped(
+        dtype, full, tiny_model, tmp_path):
+    """Layers twice with --gradient-checkpointing, pieces twice where responses outnumber the
+    microbatch, both: the gradient is that of a graph that is kept, to the bit."""
+    found, start = {}, dropping(tiny_model, tmp_path)
+    for microbatch in (32, 4):  # both make pieces of 4
+        for again in (False, True):
+            args = settings(**start, full=full, dtype=dtype, microbatch=microbatch,
+                            gradient_checkpointing=again)
+            model, tokenizer = train.policy_of(args, "cpu")
+            calls = []
+            for name, module in model.named_modules():
+                if name.endswith("mlp"):  # a part of each layer
+                    module.register_forward_pre_hook(lambda *_: calls.append(1))
+            rows = encoded(tokenizer, UNEVEN)
+            found[microbatch, again] = gradients(model, rows, args), len(calls)
+    assert {key: count for key, (_, count) in found.items()} == {  # 3 pieces, 2 layers
+        (32, False): 6, (32, True): 12, (4, False): 12, (4, True): 18}
+    kept, _ = found[32, False]
+    for one, _ in found.values():
+        assert one.loss == kept.loss and one.of.keys() == kept.of.keys()
+        for name, gradient in one.of.items():
+            assert torch.equal(gradient, kept.of[name]) and gradient.any(), name
+    assert found[32, True][0].held < kept.held / 2
+    assert model.training is False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -342,38 +466,67 @@ def plain_loss(loss, policy, reference, rows):
         name: sum(row[name].item() for row in logged) / len(rows) for name in logged[0]}
 
 
-@pytest.mark.parametrize("loss, rows, microbatch", [
-    ("dpo", TOY, 32), ("dpo", UNEVEN, 2), ("sft", TARGETS, 32), ("sft", TARGETS, 2)])
-def test_updates_match_a_plain_loop(loss, rows, microbatch, tiny_model, tmp_path):
-    """Three steps against the losses spelled out: no sharing, padding, pieces, passes or chunks."""
+def update(optim, weight, moments, number, lr):
+    """AdamW without decay and RMSprop, as their papers and torch's defaults have them."""
+    m, v = moments.setdefault(weight, [0, 0])
+    gradient = weight.grad
+    if optim == "rmsprop":
+        v = 0.99 * v + 0.01 * gradient ** 2
+        change = gradient / (v.sqrt() + 1e-8)
+    else:
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient ** 2
+        change = m / (1 - 0.9 ** (number + 1)) / ((v / (1 - 0.999 ** (number + 1))).sqrt() + 1e-8)
+    moments[weight] = [m, v]
+    with torch.no_grad():
+        weight -= lr * change
+    weight.grad = None
+
+
+RATES = {"linear": [0.5, 1, 0.75, 0.5, 0.25], "constant": [0.5, 1, 1, 1, 1],  # of 5 steps
+         "cosine": [0.5, 1, 0.5 + 0.125 ** 0.5, 0.5, 0.5 - 0.125 ** 0.5]}  # cos 45 = 1/2 ** 0.5
+
+
+@pytest.mark.parametrize("loss, rows, microbatch, optim, schedule", [
+    ("dpo", TOY, 32, "adamw", "linear"), ("dpo", UNEVEN, 2, "adamw", "cosine"),
+    ("dpo", TOY, 2, "rmsprop", "constant"), ("sft", TARGETS, 32, "rmsprop", "cosine"),
+    ("sft", TARGETS, 2, "adamw", "linear")])
+def test_updates_match_a_plain_loop(loss, rows, microbatch, optim, schedule, tiny_model, tmp_path):
+    """Five steps against losses and updates spelled out: no sharing, padding, pieces or chunks."""
     ours, plain, reference = (load(tiny_model)[0].double() for _ in range(3))
     tokenizer = load(tiny_model)[1]
-    args = settings(loss=loss, microbatch=microbatch, clip=0.5)
-    steps = train.plan(encoded(tokenizer, tmp_path, rows), 3, 2, 0, microbatch)[:3]
+    args = settings(loss=loss, microbatch=microbatch, clip=0.5, optim=optim, schedule=schedule,
+                    warmup=0.2)
+    steps = train.plan(encoded(tokenizer, rows), args, 3, 3)[:5]
     known = reference_of(tmp_path, ours, steps, args) if loss == "dpo" else {}
     log = loop(tmp_path, ours, steps, known, args)
 
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    moments, norms = {}, []
     for number, row in enumerate(log):
-        pairs = [pair for some in steps[number] for pair in some]
-        mean, right = plain_loss(loss, plain, reference, pairs)
+        mean, right = plain_loss(loss, plain, reference, flat(steps)[number])
         mean.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item()
-        optimizer.param_groups[0]["lr"] = 1e-3 * (3 - number) / 3
-        optimizer.step()
-        optimizer.zero_grad()
-        right |= {"step": number, "epoch": round(number / 3, 4), "loss": mean.item(),
-                  "learning_rate": 1e-3 * (3 - number) / 3, "grad_norm": norm}
+        norms.append(torch.stack([w.grad.norm() for w in plain.parameters()]).norm().item())
+        for weight in plain.parameters():
+            weight.grad *= min(1, 0.5 / (norms[-1] + 1e-6))
+            update(optim, weight, moments, number, 1e-3 * RATES[schedule][number])
+        right |= {"step": number, "epoch": round(number / 5, 4), "loss": mean.item(),
+                  "learning_rate": 1e-3 * RATES[schedule][number], "grad_norm": norms[-1]}
         assert row == pytest.approx(right, rel=1e-7, abs=1e-7)
-    assert number == 2 and norm > 0.5
+    assert number == 4 and max(norms) > 0.5
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
         assert (a - b).abs().max() < 1e-6, name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is here")
+def test_a_missing_library_is_named(tiny_model, tmp_path):
+    model, steps, reference = small_run(tiny_model, tmp_path)
+    with pytest.raises(ImportError, match="bitsandbytes"):
+        loop(tmp_path, model, steps, reference, settings(optim="adamw8bit"))
 
 
 def small_run(tiny_model, tmp_path):
     """What `train` takes, of two pairs: (model, steps, reference)."""
     model, tokenizer = load(tiny_model)
-    steps = train.plan(encoded(tokenizer, tmp_path, TOY[:2]), 8, 1, 0, 32)
+    steps = train.plan(encoded(tokenizer, TOY[:2]), settings(), 8, 1)
     return model, steps, reference_of(tmp_path, model, steps, settings())
 
 
@@ -427,20 +580,20 @@ def test_it_learns_a_toy_preference_and_says_so(tiny_model, tmp_path):
     assert steps[-1]["loss"] < 0.6 * steps[0]["loss"] and steps[-1]["rewards/accuracies"] == 1
     assert after["eval_rewards/accuracies"] > 0.5 and after["eval_loss"] < before["eval_loss"]
     assert [row["step"] for row in steps] == list(range(len(steps)))
-    assert "ln 2" in done.stdout and "held-out" in done.stdout
+    assert "0.6931 where policy is reference" in done.stdout and "held-out" in done.stdout
 
     # what was saved is a bf16 model that prefers "yes", with the tokenizer and chat template
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     tuned, tokenizer = load(tmp_path / "tuned")
-    assert margin(tuned, tokenizer, tmp_path) > margin(*load(tiny_model), tmp_path) + 5
+    assert margin(tuned, tokenizer) > margin(*load(tiny_model)) + 5
     card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
     assert "--epochs 6" in card and "sha256" in card
 
 
-def margin(model, tokenizer, tmp_path):
+def margin(model, tokenizer):
     """By how many nats the model prefers "yes yes." for a prompt it was not trained on."""
-    row, = encoded(tokenizer, tmp_path, [pair("atoll")])
+    row, = encoded(tokenizer, [pair("atoll")])
     with torch.no_grad():
         chosen, rejected = [plain_logp(model.float(), response) for response in row["responses"]]
     return (chosen - rejected).item()
@@ -464,21 +617,20 @@ def test_an_adapter_is_one_for_everybody(tiny_model, tmp_path):
     assert not config["modules_to_save"] and not (out / "model.safetensors").exists()
 
     base, tokenizer = load(tiny_model)
-    without = margin(base, tokenizer, tmp_path)
+    without = margin(base, tokenizer)
     ours, *_ = load_model(str(tiny_model), adapter=str(out), dtype="float32", device="cpu")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out)
-    assert margin(plain, tokenizer, tmp_path) > without + 1
-    assert margin(ours, tokenizer, tmp_path) == pytest.approx(margin(plain, tokenizer, tmp_path))
+    assert margin(plain, tokenizer) > without + 1
+    assert margin(ours, tokenizer) == pytest.approx(margin(plain, tokenizer))
     with plain.disable_adapter():
-        assert margin(plain, tokenizer, tmp_path) == pytest.approx(without)
+        assert margin(plain, tokenizer) == pytest.approx(without)
 
 
 def test_base_weights_stay_as_they_are(tiny_model, tmp_path):
-    model, tokenizer = load(tiny_model)
-    model = train.with_lora(model, SimpleNamespace(seed=0, lora_r=4, lora_alpha=8))
-    steps = train.plan(encoded(tokenizer, tmp_path, UNEVEN), 3, 1, 0, 2)
+    args = settings(model=str(tiny_model), microbatch=2)
+    model, tokenizer = train.policy_of(args, "cpu")
+    steps = train.plan(encoded(tokenizer, UNEVEN), args, 3, 1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    args = settings(microbatch=2)
     reference = reference_of(tmp_path, model, steps, args)
     log = loop(tmp_path, model, steps, reference, args)
     assert log[0]["rewards/margins"] == 0 and log[-1]["rewards/margins"] != 0
@@ -496,12 +648,12 @@ def test_sft_learns_its_targets(tiny_model, tmp_path):
                for row in log[1:-1])
     _, tokenizer = load(tiny_model)
     lengths = {row["id"]: len(row["responses"][0][1])
-               for row in encoded(tokenizer, tmp_path, TARGETS)}
+               for row in encoded(tokenizer, TARGETS)}
     assert lengths["a/0"] == len("yes") + 1 and lengths["a/1"] == len("yes, it is")
     assert sum(row["tokens"] for row in log[1:-1]) == 4 * sum(lengths.values())
     for row, folder in ((log[0], tiny_model), (log[-1], tmp_path / "tuned")):
         model, _ = load(folder)  # saved in bf16: the last figure is not so sharp
-        response, = encoded(tokenizer, tmp_path, held)[0]["responses"]
+        response, = encoded(tokenizer, held)[0]["responses"]
         assert row["eval_loss"] == pytest.approx(-plain_logp(model, response).item() / 4, rel=2e-2)
     assert log[-1]["eval_loss"] < log[0]["eval_loss"] - 0.2
     assert not list(tmp_path.glob("reference-*"))
@@ -528,14 +680,18 @@ def test_two_runs_are_bit_equal_and_a_finished_one_is_left_alone(tiny_model, tmp
     assert not list(tmp_path.rglob("*.tmp*")) + list(tmp_path.rglob("step-*"))
 
 
-@pytest.mark.parametrize("name", ["tuned", "tuned.tmp"])
+@pytest.mark.parametrize("name", ["thesis.tex", "chapters/one.tex", "README.md"])
 def test_a_folder_of_somebody_else_is_never_replaced(name, tiny_model, tmp_path):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "thesis.tex").write_text("x")
+    theirs = tmp_path / "tuned" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("x")
+    (tmp_path / "tuned" / "log.jsonl").write_text("")
     for flags in ([], ["--overwrite"]):
         done = run_train(tmp_path, tiny_model, *flags)
-        assert done.returncode == 2 and f"{name} is there" in done.stderr
-        assert reliability.snapshot(tmp_path / name) == {tmp_path / name / "thesis.tex": b"x"}
+        assert done.returncode == 2 and "tuned is there" in done.stderr
+        assert reliability.snapshot(tmp_path / "tuned") == {
+            theirs: b"x", tmp_path / "tuned" / "log.jsonl": b""}
+        assert not list(tmp_path.glob("*.args.json*")) + list(tmp_path.glob("reference-*"))
 
 
 def test_out_in_a_new_folder_and_with_a_slash(tiny_model, tmp_path):
@@ -544,45 +700,162 @@ def test_out_in_a_new_folder_and_with_a_slash(tiny_model, tmp_path):
         done = run_train(tmp_path, tiny_model, "--overwrite", out=f"{tmp_path}/new/tuned/")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "new" / "tuned" / "adapter_model.safetensors").exists()
-        left = {path.name for path in (tmp_path / "new").iterdir()}
-        assert {name for name in left if "reference-" not in name} == {"tuned", "tuned.args.json"}
+        left = {name for name in names(tmp_path / "new") if "reference-" not in name}
+        assert left == {"tuned", "tuned.args.json"}
 
 
 def test_overwrite_takes_nothing_from_the_run_before(tiny_model, tmp_path):
     """Not its weights, when it was killed in the final save, and not its checkpoints."""
-    interrupt(tmp_path, tiny_model, "--full", "--save-every", 1, "--batch", 4, at=2)
-    (tmp_path / "tuned.tmp" / "model.safetensors").write_bytes(b"of all weights")
+    with stopped_at(train.shlex, "join"):  # all is there but the model card
+        run_train(tmp_path, tiny_model, "--full", "--save-every", 1, "--batch", 4)
+    assert {"model.safetensors", "step-0000004.pt"} < names(tmp_path / "tuned")
+    assert "README.md" not in names(tmp_path / "tuned")
     assert run_train(tmp_path, tiny_model, "--overwrite").returncode == 0
     assert run_train(tmp_path, tiny_model, out="fresh").returncode == 0
     assert bytes_of(tmp_path / "tuned") == bytes_of(tmp_path / "fresh")
-    assert not (tmp_path / "tuned" / "model.safetensors").exists()
+    assert names(tmp_path / "tuned") == names(tmp_path / "fresh")
+
+
+def test_overwrite_killed_before_any_removal(tiny_model, tmp_path):
+    """What is left is no finished run, of neither flags, and gets nothing into the next one."""
+    new = ["--beta", 0.2]
+    assert run_train(tmp_path, tiny_model, *new, out="fresh").returncode == 0
+    assert run_train(tmp_path, tiny_model, "--full", "--save-every", 1).returncode == 0
+    old = shutil.copytree(tmp_path / "tuned", tmp_path / "old")
+    (old / "step-0000001.pt").write_bytes(b"of a kill in the last removals")
+    memo, real = tmp_path / "tuned.args.json", os.unlink
+    memo_of_old, there = memo.read_bytes(), len(names(old))
+    for removals in range(99):
+        shutil.rmtree(tmp_path / "tuned")
+        shutil.copytree(old, tmp_path / "tuned")
+        memo.write_bytes(memo_of_old)
+        left = iter(range(removals))
+
+        def unlink(path, *rest, **more):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(path, *rest, **more)
+
+        with mock.patch.object(os, "unlink", unlink), suppress(KeyboardInterrupt):
+            run_train(tmp_path, tiny_model, *new, "--overwrite")
+            break
+        done = run_train(tmp_path, tiny_model, *new)
+        if done.returncode == 2:
+            assert "other flags" in done.stderr
+        else:
+            assert bytes_of(tmp_path / "tuned") == bytes_of(tmp_path / "fresh"), removals
+            assert names(tmp_path / "tuned") == names(tmp_path / "fresh"), removals
+    assert 98 > removals >= there - 1  # all that was there, but for log.jsonl, which is cut
+
+
+@pytest.mark.parametrize("hands", ["reference_logps", "lock", "write_whole", "train"])
+def test_killed_at_birth(hands, tiny_model, tmp_path):
+    """The same command takes up an OUT that is not there yet, or has an empty log.jsonl."""
+    assert run_train(tmp_path / "whole", tiny_model).returncode == 0
+    with stopped_at(train, hands):
+        run_train(tmp_path, tiny_model)
+    assert (tmp_path / "tuned").exists() <= (tmp_path / "tuned.args.json").exists()
+    assert all(not held for held in reliability.snapshot(tmp_path / "tuned").values())
+    done = run_train(tmp_path, tiny_model)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(tmp_path / "tuned") == bytes_of(tmp_path / "whole" / "tuned")
+    assert names(tmp_path / "tuned") == names(tmp_path / "whole" / "tuned")
+
+
+def carded(folder):
+    """Whether 05 says that it is done; peft has a README.md, too."""
+    card = folder / "README.md"
+    return card.exists() and "sha256" in card.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("flags, where, what", [
+    (["--full"], transformers.modeling_utils, "safe_save_file"),
+    (["--full"], PreTrainedTokenizerFast, "save_pretrained"),
+    ([], peft.peft_model, "safe_save_file"), ([], PreTrainedTokenizerFast, "save_pretrained"),
+    ([], train.shlex, "join"), ([], train, "sweep")])
+def test_killed_in_the_final_save(flags, where, what, tiny_model, tmp_path):
+    """README.md says that OUT is whole: without it, the same command ends with the same OUT; with
+    it, nothing is missing and no checkpoint left."""
+    flags = [*flags, "--save-every", 1]
+    assert run_train(tmp_path / "whole", tiny_model, *flags).returncode == 0
+    real = train.sweep
+    with stopped_at(where, what):
+        if what == "sweep":  # the one after the model card
+            train.sweep.side_effect = lambda *given, **more: (
+                real(*given, **more) if more or given[1:] else
+                (_ for _ in ()).throw(KeyboardInterrupt))
+        run_train(tmp_path, tiny_model, *flags)
+    assert list((tmp_path / "tuned").glob("*.json")) or what != "sweep"
+    assert run_train(tmp_path, tiny_model, *flags).returncode == 0
+    assert bytes_of(tmp_path / "tuned") == bytes_of(tmp_path / "whole" / "tuned")
+    assert names(tmp_path / "tuned") == names(tmp_path / "whole" / "tuned")
+    assert carded(tmp_path / "tuned")
 
 
 def test_flags_of_a_checkpoint_are_its_own(tiny_model, tmp_path):
     """An --overwrite that died right after its args.json does not inherit older checkpoints."""
     flags = ["--save-every", 1, "--batch", 4]
     interrupt(tmp_path, tiny_model, *flags, at=2)
-    memo = tmp_path / "tuned.tmp.args.json"
+    memo = tmp_path / "tuned.args.json"
     memo.write_text(memo.read_text().replace('"beta": 0.1', '"beta": 0.2'))
     done = run_train(tmp_path, tiny_model, *flags, "--beta", 0.2)
     assert done.returncode == 2 and "begun from another model, flags" in done.stderr
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"chosen": []}, "chosen"), ({"rejected": [{"role": "assistant"}]}, "rejected"),
-    ({"finish": {"chosen": "eos"}}, "finish"), ({"finish": "eos"}, "finish"),
-    ({"prompt": 3}, "prompt"), ({"chosen": "x"}, "chosen"), ({"chosen": said("x") * 2}, "chosen"),
+GONE = "field is not there"
+SENTENCES = {"sentence_label": [True, False], "completion_sentences": ["It is.", "So."],
+             "sentence_spans": [[0, 6], [7, 10]]}
+
+
+@pytest.mark.parametrize("loss, change, named", [
+    *[("dpo", change, named) for change, named in [
+        ({"chosen": []}, "'chosen'"), ({"chosen": "x"}, "'chosen'"),
+        ({"chosen": said("x") * 2}, "'chosen'"), ({"chosen": GONE}, "'chosen'"),
+        ({"rejected": [{"role": "assistant"}]}, "'rejected'"), ({"rejected": ["x"]}, "'rejected'"),
+        ({"rejected": said(3)}, "'rejected'"), ({"rejected": None}, "'rejected'"),
+        ({"finish": {"chosen": "eos"}}, "'finish'"), ({"finish": "eos"}, "'finish'"),
+        ({"finish": None}, "'finish'"), ({"finish": ["stop"]}, "'finish'"),
+        ({"prompt": 3}, "'prompt'"), ({"prompt": GONE}, "'prompt'"), ({"prompt": [3]}, "'prompt'"),
+        ({"prompt": [{"role": "user"}]}, "'prompt'"), ({"prompt_id": [3]}, "'prompt_id'"),
+        ({"kind": [3]}, "'kind'"), ({"id": 3}, "'id'")]],
+    *[("sft", change, named) for change, named in [
+        ({"completion": GONE}, "'completion'"), ({"completion": "x"}, "'completion'"),
+        ({"completion": said(None)}, "'completion'"), ({"completion": []}, "'completion'"),
+        ({"finish": "eos"}, "'finish'")]],
+    *[(loss, {"label": label}, "'label'") for loss in ("kto", "factalign")
+      for label in (GONE, None, 1, "true")],
+    *[("factalign", SENTENCES | change, named) for change, named in [
+        ({"sentence_label": [True, 1]}, "'sentence_label'"),
+        ({"sentence_label": [True, None]}, "'sentence_label'"),
+        ({"sentence_label": True}, "'sentence_label'"),
+        ({"sentence_label": "yes"}, "'sentence_label'"),
+        ({"sentence_label": [True]}, "'sentence_label'"),
+        ({"completion_sentences": ["It is."]}, "'completion_sentences'"),
+        ({"completion_sentences": GONE, "sentence_spans": GONE}, "'completion_sentences'"),
+        ({"completion_sentences": 2}, "'completion_sentences'"),
+        ({"completion_sentences": ["It is.", 3], "sentence_spans": GONE}, "'completion_sentences'"),
+        ({"sentence_spans": [[0, 6], [7, 10], [10, 11]]}, "'sentence_spans'"),
+        ({"sentence_spans": [[0, 6], [7]]}, "'sentence_spans'"),
+        ({"sentence_spans": [0, 6]}, "'sentence_spans'"),
+        ({"sentence_spans": [[0, 6], ["7", "10"]]}, "'sentence_spans'")]],
 ])
-def test_bad_rows_are_refused(tiny_model, tmp_path, change, named):
-    done = run_train(tmp_path, tiny_model, rows=[pair("a"), {**pair("b"), **change}], held=None)
-    assert done.returncode == 2 and named in done.stderr and "prefs.jsonl" in done.stderr
-    assert not list(tmp_path.glob("tuned*"))
+def test_bad_rows_are_refused(loss, change, named, tiny_model, tmp_path):
+    good = pair if loss == "dpo" else target
+    rows = [{**good(name), **({} if loss in ("dpo", "sft") else {"label": True})} for name in "ab"]
+    rows[1] = {field: value for field, value in {**rows[1], **change}.items() if value is not GONE}
+    done = run_train(tmp_path, tiny_model, "--loss", loss, rows=rows, held=None)
+    assert done.returncode == 2, done.stderr
+    where = re.escape(str(tmp_path / "prefs.jsonl"))
+    told = re.fullmatch(f"{where}:2: expected (.*), found .+\n", done.stderr)
+    assert told and named in told[1], done.stderr
+    assert names(tmp_path) == {"prefs.jsonl"}
 
 
 def test_rows_of_another_loss_are_refused(tiny_model, tmp_path):
     for flags, rows in ((["--loss", "sft"], TOY), ([], TARGETS)):
         done = run_train(tmp_path, tiny_model, *flags, rows=rows, held=None)
         assert done.returncode == 2 and "prefs.jsonl:1: expected" in done.stderr
+        assert names(tmp_path) == {"prefs.jsonl"}
 
 
 def test_prompts_on_both_sides_are_refused(tiny_model, tmp_path):
@@ -631,8 +904,8 @@ def test_the_reference_of_a_response_is_that_of_its_first_batch(tiny_model, tmp_
     model, tokenizer = load(tiny_model)
     again = [{**pair("a", "yes", text, 9 + n), "prompt_id": f"a{n}", "id": f"a{n}"}
              for n, text in enumerate(["no", "so", "nono"])]  # the same prompt under other names
-    steps = train.plan(encoded(tokenizer, tmp_path, UNEVEN + again), 3, 4, 0, 6)
-    batches = [train.distinct(some) for step in steps for some in step]
+    steps = train.plan(encoded(tokenizer, UNEVEN + again), settings(), 3, 4)
+    batches = [train.distinct(rows) for rows in flat(steps)]
 
     def numbered(model, responses, args):
         number = float(batches.index(responses))
@@ -651,7 +924,10 @@ def test_the_reference_is_read_from_its_cache(tiny_model, tmp_path):
     save_file({"logps": 3 * load_file(path)["logps"]}, path)
     done = run_train(tmp_path, tiny_model, out="b")
     assert done.returncode == 1 and "not the reference" in done.stderr
-    assert not (tmp_path / "b").exists()
+    assert names(tmp_path / "b") == {"log.jsonl"}
+    path.unlink()  # then it is computed, and the same command goes on
+    assert run_train(tmp_path, tiny_model, out="b").returncode == 0
+    assert bytes_of(tmp_path / "b") == bytes_of(tmp_path / "a")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -666,6 +942,14 @@ def interrupt(folder, *args, at, **kwargs):
         run_train(folder, *args, **kwargs)
 
 
+def stopped_at(where, what):
+    """Ctrl-C at the first call of where.what."""
+    stack = ExitStack()
+    stack.enter_context(pytest.raises(KeyboardInterrupt))
+    stack.enter_context(mock.patch.object(where, what, mock.Mock(side_effect=KeyboardInterrupt)))
+    return stack
+
+
 def test_evaluated_before_between_and_after(tiny_model, tmp_path):
     flags = ["--epochs", 2, "--batch", 4, "--save-every", 2, "--eval-every", 3]
     assert run_train(tmp_path / "whole", tiny_model, *flags).returncode == 0
@@ -676,30 +960,32 @@ def test_evaluated_before_between_and_after(tiny_model, tmp_path):
     # interrupted right before and after checkpoints and evaluations: no row twice, none lost
     for at in (1, 3, 4, 6, 7):
         interrupt(tmp_path / "again", tiny_model, *flags, at=at)
-        steps = [path.name for path in (tmp_path / "again").glob("tuned.tmp/step-*")]
+        steps = [path.name for path in (tmp_path / "again").glob("tuned/step-*")]
         assert sorted(steps) == [f"step-{n:07d}.pt" for n in range(2, at + 1, 2)][-2:]
     assert run_train(tmp_path / "again", tiny_model, *flags).returncode == 0
     assert bytes_of(tmp_path / "again" / "tuned") == bytes_of(tmp_path / "whole" / "tuned")
+    assert names(tmp_path / "again" / "tuned") == names(tmp_path / "whole" / "tuned")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     flags = ["--full", "--save-every", 1, "--batch", 4]
     interrupt(tmp_path, model, *flags, at=2)
-    before = reliability.snapshot(tmp_path / "tuned.tmp")
+    before = reliability.snapshot(tmp_path / "tuned")
     other_weights(tiny_model, model)
     done = run_train(tmp_path, model, *flags)
     assert done.returncode == 2 and "begun from another model" in done.stderr
     shutil.copytree(tiny_model, model, dirs_exist_ok=True)
     done = run_train(tmp_path, model, *flags, held=HELD[1:])
-    assert done.returncode == 2 and "or rows to evaluate" in done.stderr
-    assert reliability.snapshot(tmp_path / "tuned.tmp") == before
+    assert done.returncode == 2 and "--held" in done.stderr
+    assert reliability.snapshot(tmp_path / "tuned") == before
     assert run_train(tmp_path, model, *flags).returncode == 0
 
 
 def pounce(pid, there):
     """kill -9 a run while there() holds: stop it first, then look again, as it may just have
     gone on. False where the run ended before."""
+    assert pid > 1  # 0 would be this process group: an exit code that a failed test left unread
     try:
         while True:
             while not there():
@@ -727,19 +1013,20 @@ def test_kill(flags, tiny_model, launcher, tmp_path):
     took, whole = time.time() - began, bytes_of(tmp_path / "whole" / "tuned")
     assert len(whole) == 2
     argv = command(tmp_path / "killed", tiny_model, *flags)
-    out, work = tmp_path / "killed" / "tuned", tmp_path / "killed" / "tuned.tmp"
+    out = tmp_path / "killed" / "tuned"
 
     def rows():
-        log = work / "log.jsonl"
+        log = out / "log.jsonl"
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def checkpoint(least):
-        return max(work.glob("step-*.pt"), default=work).stem >= f"step-{least:07d}"
+        return max(out.glob("step-*.pt"), default=out).stem >= f"step-{least:07d}"
 
-    moments = [lambda: (work / "new").exists() and checkpoint(2),
-               lambda: (work / "new").exists() and checkpoint(6),
-               lambda: rows() >= 14 and not (work / "new").exists(),
-               lambda: bool([*work.glob("*.json"), *work.glob("*model.safetensors")])]
+    moments = [lambda: (out / "new").exists() and checkpoint(2),
+               lambda: (out / "new").exists() and checkpoint(6),
+               lambda: rows() >= 14 and not (out / "new").exists() and not carded(out),
+               lambda: not carded(out) and any(path.name.endswith((".json", "model.safetensors"))
+                                               for path in out.glob("*"))]
     for there in moments:
         for _ in range(5):
             caught = pounce(reliability.start(launcher, argv), there)
@@ -747,7 +1034,7 @@ def test_kill(flags, tiny_model, launcher, tmp_path):
             if caught:
                 break
             shutil.rmtree(out)  # this machine was too busy to see it in time: once more
-        assert there() and not out.exists()
+        assert there() and not carded(out)
     dice, ended = random.Random(time.time_ns()), 0
     for _ in range(20 if os.environ.get("NANOFACT_CHAOS") else 0):
         pid, pause = reliability.start(launcher, argv), dice.uniform(0, took)
@@ -761,26 +1048,31 @@ def test_kill(flags, tiny_model, launcher, tmp_path):
     reliability.start(launcher, argv)
     assert reliability.finish(launcher) == 0, ended
     assert bytes_of(out) == whole
-    assert {path.name for path in out.iterdir()} == {
-        path.name for path in (tmp_path / "whole" / "tuned").iterdir()}
-    assert not work.exists() and not list(out.glob("step-*"))
+    assert names(out) == names(tmp_path / "whole" / "tuned") and carded(out)
+    assert not {"new", "README.md.tmp"} & names(out) and not list(out.glob("step-*"))
+    assert names(out.parent) == names(tmp_path / "whole")
 
 
 def test_a_second_process_is_refused(tiny_model, launcher, tmp_path):
+    """It changes nothing, whatever it was told: not the flags that the first will answer for."""
     argv = command(tmp_path, tiny_model, *LONG)
-    work = tmp_path / "tuned.tmp"
+    out, memo = tmp_path / "tuned", tmp_path / "tuned.args.json"
     pid = reliability.start(launcher, argv)
+    assert pid > 1
     try:
-        while not (work / "log.jsonl").exists() or not (work / "log.jsonl").stat().st_size:
+        while not (out / "log.jsonl").exists() or not (out / "log.jsonl").stat().st_size:
             os.kill(pid, 0)
         os.kill(pid, signal.SIGSTOP)
         time.sleep(0.01)
-        before = reliability.snapshot(work)
-        done = run_train(tmp_path, tiny_model, *LONG)
-        assert done.returncode == 2 and "another process" in done.stderr
-        assert reliability.snapshot(work) == before
+        before = reliability.snapshot(out), memo.read_bytes()
+        for flags in ([], ["--overwrite"], ["--overwrite", "--beta", 0.2, "--full"]):
+            done = run_train(tmp_path, tiny_model, *LONG, *flags)
+            assert done.returncode == 2 and "another process" in done.stderr
+            assert (reliability.snapshot(out), memo.read_bytes()) == before
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert reliability.finish(launcher) == 0
-    steps = [row["step"] for row in read_rows(tmp_path / "tuned" / "log.jsonl") if "loss" in row]
+        code = reliability.finish(launcher)
+    assert code == 0
+    steps = [row["step"] for row in read_rows(out / "log.jsonl") if "loss" in row]
     assert steps == list(range(16))
+    assert json.loads(memo.read_text()) == {**json.loads(before[1]), "finished": True}
