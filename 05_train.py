@@ -1,16 +1,13 @@
 """
 Stage 5. Train a model on 04's rows with a loss of losses.py.
 
-Reads   prefs.jsonl, in TRL's form (anybody's will do):
-  dpo ipo rso cpo    {"prompt": [messages], "chosen": [message], "rejected": [message]}
-  sft kto factalign  {"prompt": [messages], "completion": [message]}, the last two "label": true;
-                     factalign, where annotated: "completion_sentences": ["It is ..."],
-                     "sentence_label": [true], "sentence_spans": [[0, 58]] (without: searched)
-  all, if known      "prompt_id", "kind", "finish": "stop" or "length" (pairs: of each side)
+Reads   prefs.jsonl, in TRL's form, anybody's will do: ROW below shows all that a row may hold. Each
+        has a prompt; for dpo, ipo, rso and cpo chosen and rejected, for the other losses a
+        completion; for kto and factalign a label, and for factalign, where annotated, sentences
 Writes  OUT/   a LoRA adapter, or with --full or --merge all weights in bf16, as transformers, peft
-               and vLLM load it; the tokenizer; log.jsonl; README.md, the model card, last of all
+               and vLLM load it; the tokenizer; README.md, the model card; log.jsonl, TRL's names:
   {"step": 0, "epoch": 0.0, "learning_rate": 5e-06, "loss": 0.6931, "grad_norm": 21.4,
-   "rewards/margins": 0.0, ...}   TRL's names; held-out figures have "eval_" in front
+   "rewards/margins": 0.0, ...}   and rows of held-out figures, with "eval_" in front
 
 Prompt and completion are tokenised apart and joined; the end-of-turn token ends a completion, and
 is trained on, only where finish is "stop". All steps are planned before the first: whole prompt
@@ -42,6 +39,7 @@ from common import (arguments, as_messages, die, digest, dumps, load_model, lock
                     prompt_ids, read_jsonl, report, run, same_run, write_whole)
 
 PAIRS = ("dpo", "ipo", "rso", "cpo")
+SENTENCES = ("sentence_label", "completion_sentences", "sentence_spans")
 RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, as accelerate or torchrun say
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 HEAD = 512  # completion positions that meet the LM head at once
@@ -101,44 +99,53 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------
 # Rows and tokens
 
-def texts_of(row, loss):
-    """[(text, finish)] of a row's responses; None stands for what is not there."""
-    found, finish = [], row.get("finish", "stop")
-    for side in ("chosen", "rejected") if loss in PAIRS else ("completion",):
-        messages = row.get(side)
-        fine = every(messages, dict) and every([m.get("content") for m in messages], str)
-        found.append((messages[0]["content"] if fine and len(messages) == 1 else None,
-                      finish.get(side, "stop") if isinstance(finish, dict) else finish))
-    return found
+ROW = {
+    "prompt": [{"role": "user", "content": "Where is Fiji?"}],
+    "chosen": [{"role": "assistant", "content": "In Oceania."}],
+    "rejected": [{"role": "assistant", "content": "In Asia."}],
+    "completion": [{"role": "assistant", "content": "It is a state. It is in Asia."}],
+    "label": True,
+    "completion_sentences": ["It is a state.", "It is in Asia."],
+    "sentence_label": [True, False],
+    "sentence_spans": [[0, 14], [15, 29]],  # without them the sentences are searched
+    "finish": "stop",  # or "length"; of a pair {"chosen": ..., "rejected": ...}; unsaid: stop
+    "prompt_id": "fiji-geo",
+    "kind": "fact"}
 
 
-def every(values, kind):
-    return type(values) is list and all(type(value) is kind for value in values)
+def sides(loss):
+    return ("chosen", "rejected") if loss in PAIRS else ("completion",)
+
+
+def finish(row, side):
+    found = row.get("finish", "stop")
+    return found.get(side, "stop") if isinstance(found, dict) else found
+
+
+def like(value, example):
+    """Whether a value is of the example's type, all through its lists and dictionaries."""
+    if type(value) is not type(example):
+        return False
+    if type(example) is list:
+        return all(like(item, example[0]) for item in value)
+    return type(example) is not dict or all(like(value.get(k), example[k]) for k in example)
 
 
 def lacks(row, loss):
     """What is expected of a row and not there; None where all is."""
-    prompt, texts = as_messages(row["prompt"]), texts_of(row, loss)
-    labels, sentences, spans = [row.get(name) or [] for name in (
-        "sentence_label", "completion_sentences", "sentence_spans")]
-    if not every(prompt, dict) or not every([m.get("content") for m in prompt], str):
-        return "'prompt' as text or a list of messages"
-    if not every([row.get("prompt_id", ""), row.get("kind", "")], str):
-        return "'prompt_id' and 'kind' as text"
-    if any(text is None or finish not in ("stop", "length") for text, finish in texts):
-        sides = "'chosen' and 'rejected'" if loss in PAIRS else "'completion'"
-        return f"{sides} as a list of one message, 'finish' as stop or length"
-    if not every([row.get("label")], bool) and loss in ("kto", "factalign"):
-        return "'label' as true or false"
-    if not every(labels, bool):
-        return "'sentence_label' as a list of true and false"
-    if sentences and not (every(sentences, str) and len(sentences) == len(labels)):
-        return "'completion_sentences' as a text for each 'sentence_label'"
-    if spans and not (every(spans, list) and len(spans) == len(labels)
-                      and all(every(span, int) and len(span) == 2 for span in spans)):
-        return "'sentence_spans' as [start, end] for each 'sentence_label'"
-    if labels and not sentences and not spans:
-        return "'completion_sentences' or 'sentence_spans' for 'sentence_label'"
+    needed = ("prompt", *sides(loss), *["label"] * (loss in ("kto", "factalign")))
+    for name, example in ROW.items():
+        value = as_messages(row[name]) if name == "prompt" else row.get(name)
+        if name != "finish" and not like(value, example) and (name in needed or value is not None):
+            return f"{name!r} like {dumps(example)}"
+    for side in sides(loss):
+        if len(row[side]) != 1 or finish(row, side) not in ("stop", "length"):
+            return f"one message as {side!r}, its 'finish' stop or length"
+    lengths = [len(row.get(name) or []) for name in SENTENCES]
+    spans = row.get("sentence_spans") or []
+    if ({*lengths} - {0, lengths[0]} or (lengths[0] and not any(lengths[1:]))
+            or any(len(span) != 2 for span in spans)):
+        return f"{' and '.join(map(repr, SENTENCES))} of one length, a span as [start, end]"
 
 
 def encode(tokenizer, prompt, text, finish):
@@ -175,13 +182,13 @@ def encode_rows(tokenizer, rows, args):
     label speaks of the whole text: a response that is too long leaves its row out, uncut."""
     found = []
     for row in rows:
-        prompt, texts = as_messages(row["prompt"]), texts_of(row, args.loss)
-        responses = [encode(tokenizer, prompt, *text) for text in texts]
+        prompt, text = as_messages(row["prompt"]), row[sides(args.loss)[0]][0]["content"]
+        responses = [encode(tokenizer, prompt, row[side][0]["content"], finish(row, side))
+                     for side in sides(args.loss)]
         if not all(c and len(p) + len(c) <= args.max_length for p, c in responses):
             continue
         labels, ids = row.get("sentence_label") if args.loss == "factalign" else [], []
         if labels:
-            text = texts[0][0]
             spans = row.get("sentence_spans") or search(row["completion_sentences"], text)
             ids = sentence_ids(tokenizer, text, spans)
         kept = sorted({*ids} - {-1})  # a sentence without a token has no log-probability
@@ -205,15 +212,15 @@ def distinct(rows):
     return sorted({r for row in rows for r in row["responses"]}, key=lambda r: (length(r), r))
 
 
-def drawn(groups, rows, n, rng):
-    """n steps of whole groups in random order, evenly filled with `rows` rows in all. What is less
-    than that goes round."""
+def drawn(groups, rows, n, rng, whole):
+    """n steps of rows in random order, evenly filled, `rows` in all; what is less goes round. Pairs
+    of a prompt share responses and stay together, whole; single responses to it are dealt out."""
     steps, before = [[] for _ in range(n)], 0
     while before < rows:
         rng.shuffle(groups)
-        for group in groups:
+        for group in groups if whole else [[row] for group in groups for row in group]:
             if before < rows:
-                steps[before * n // rows].append(group)
+                steps[before * n // rows if whole else before % n].append(group)
                 before += len(group)
     return steps
 
@@ -229,22 +236,22 @@ def mismatched(rows):
             if all(prompt != theirs for _, prompt, _, theirs, _ in pairs):
                 return [{**row, "other": {**other, "responses": [(prompt, completion)]}}
                         for row, prompt, other, _, completion in pairs]
-    die(f"KTO needs responses to other prompts in a step: of {len(rows)} rows too many answer that "
-        f"of {rows[0]['id']!r}. Take a larger --batch or more prompts")
+    die(f"KTO needs responses to other prompts in a step; most of these {len(rows)} answer one: "
+        + ", ".join(row["id"] for row in rows) + ". Take more prompts or a larger --batch")
 
 
 def plan(rows, args, batch, epochs, halves=False):
     """All steps: a pure function, so resuming needs the number of a step and no more. halves: each
     kind of row has an equal part of each step; the kinds with fewer rows go round."""
     rng, kinds, steps = random.Random(args.seed), {}, []
-    for row in rows:  # only pairs share responses
-        group = row["prompt_id"] if args.loss in PAIRS else row["id"]
-        kinds.setdefault(halves and row["kind"], {}).setdefault(group, []).append(row)
+    for row in rows:
+        kind = kinds.setdefault(halves and row["kind"], {})
+        kind.setdefault(row["prompt_id"], []).append(row)
     kinds = [list(groups.values()) for groups in kinds.values()]
     most = max(sum(map(len, groups)) for groups in kinds)
     n = math.ceil(most * len(kinds) / batch)
     for _ in range(epochs):
-        parts = [drawn(groups, most, n, rng) for groups in kinds]
+        parts = [drawn(groups, most, n, rng, args.loss in PAIRS) for groups in kinds]
         steps += [step for step in map(list, map(chain, *parts)) if step]
     if args.loss in ("kto", "factalign"):
         steps = [[[row] for row in mismatched(sum(step, []))] for step in steps]
@@ -439,17 +446,12 @@ def sweep(folder, pattern="step-*.pt", keep=0):
         path.unlink()
 
 
-def weigh(rows, args):
+def weigh(what, labels, true_weight, false_weight):
     """KTO's own advice: weight x count of one label at most 4/3 of the other's."""
-    for what, labels, true, false in (
-            ("rows", [row["label"] for row in rows], args.desirable_weight,
-             args.undesirable_weight),
-            ("sentences", [label for row in rows for label in row["sentences"]],
-             args.sentence_desirable_weight, args.sentence_undesirable_weight)):
-        true, false = labels.count(True) * true, labels.count(False) * false
-        if 3 * max(true, false) > 4 * min(true, false):
-            print(f"{what}: weight x count is {true:g} where the label is true, {false:g} where it "
-                  "is false: more than 4 to 3", file=sys.stderr)
+    true, false = labels.count(True) * true_weight, labels.count(False) * false_weight
+    if 3 * max(true, false) > 4 * min(true, false):
+        print(f"{what}: weight x count is {true:g} where the label is true, {false:g} where it is "
+              "false: more than 4 to 3", file=sys.stderr)
 
 
 def train(model, steps, held, reference, args, key, folder, log):
@@ -573,7 +575,9 @@ def main():
     if not rows or [] in held:
         die(f"expected rows of at most {args.max_length} tokens (--max-length), found none")
     check_head(model, rows[0]["responses"][0])
-    weigh(rows, args)
+    weigh("rows", [row["label"] for row in rows], args.desirable_weight, args.undesirable_weight)
+    weigh("sentences", sum((row["sentences"] for row in rows), []),
+          args.sentence_desirable_weight, args.sentence_undesirable_weight)
     steps = plan(rows, args, args.batch, args.epochs, args.halves)
     held = plan(held[0], args, len(held[0]), 1) if held else []  # one large step
     key, reference = fingerprint(model, steps + held, args), {}

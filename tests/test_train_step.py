@@ -380,7 +380,7 @@ def test_mismatched_is_the_smallest_shift_that_works(capsys):
             assert there is None and by_prompt is None
             with pytest.raises(SystemExit) as refused:
                 train.mismatched(bare(prompts))
-            assert refused.value.code == 2 and "'r0'" in capsys.readouterr().err
+            assert refused.value.code == 2 and "r0" in capsys.readouterr().err
             counts["refused"] += 1
         else:
             right = there or by_prompt
