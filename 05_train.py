@@ -32,7 +32,6 @@ import shlex
 import sys
 import tempfile
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from common import (arguments, as_messages, die, digest, dumps, load_model, lock, progress,
@@ -42,7 +41,7 @@ PAIRS = ("dpo", "ipo", "rso", "cpo")
 SENTENCES = ("sentence_label", "completion_sentences", "sentence_spans")
 RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, as accelerate or torchrun say
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-HEAD = 512  # completion positions that meet the LM head at once
+HEAD = 256  # completion positions that meet the LM head at once
 
 
 def parse_args():
@@ -252,7 +251,7 @@ def plan(rows, args, batch, epochs, halves=False):
     n = math.ceil(most * len(kinds) / batch)
     for _ in range(epochs):
         parts = [drawn(groups, most, n, rng, args.loss in PAIRS) for groups in kinds]
-        steps += [step for step in map(list, map(chain, *parts)) if step]
+        steps += [sum(step, []) for step in zip(*parts) if any(step)]
     if args.loss in ("kto", "factalign"):
         steps = [[[row] for row in mismatched(sum(step, []))] for step in steps]
     for step in steps:
@@ -610,6 +609,7 @@ def main():
         write_whole(memo, dumps({**json.loads(text), "finished": True}) + "\n")
         sweep(out)
     report(rows_in=args.rows, trained_on=len(rows), left_out=args.rows - len(rows),
+           sentences_in=sum(len(row.get("sentence_label") or []) for row in files[0]),
            sentences=sum(len(row["sentences"]) for row in rows), steps=len(steps),
            held_out=sum(map(len, sum(held, []))))
     return 0
