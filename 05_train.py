@@ -18,7 +18,8 @@ holds two checkpoints until it is done. Trained weights are fp32 under bf16 auto
 AdamW's updates would be lost to rounding. Processes share out each step: its gradient is the same.
 
 Not as in the papers: FactTune trains with RMSprop at lr 5e-7 (--optim), after an SFT stage.
-Not yet: a model sharded over GPUs; scaled or soft-capped heads.
+Not yet: a model sharded over GPUs; scaled or soft-capped heads. Several processes were run on CPUs
+only. --batch is that of all of them, --microbatch of each.
 CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
 Two GPUs:        accelerate launch --multi_gpu --num_processes 2 05_train.py --batch 32 \\
                      --prefs runs/x/prefs.jsonl --out runs/x/tuned --model Qwen/Qwen2.5-3B-Instruct
@@ -38,6 +39,7 @@ from common import (arguments, as_messages, die, digest, dumps, load_model, lock
                     prompt_ids, read_jsonl, report, run, same_run, write_whole)
 
 PAIRS = ("dpo", "ipo", "rso", "cpo")
+KTO = ("kto", "factalign")
 SENTENCES = ("sentence_label", "completion_sentences", "sentence_spans")
 RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, as accelerate or torchrun say
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -68,7 +70,7 @@ def parse_args():
     add("--lam", type=float, default=2.0, help="factalign: weight of the sentences (paper: 2)")
     add("--sentence-beta", type=float, default=0.5, help="factalign: their beta (paper: 0.5)")
     add("--sentence-desirable-weight", type=float, default=1.0, help="factalign")
-    add("--sentence-undesirable-weight", type=float, default=1.0, help="factalign; 04 prints it")
+    add("--sentence-undesirable-weight", type=float, default=1.0, help="factalign")
     add("--kind-weights", metavar="KIND=W,...", type=lambda text: {
         kind: float(w) for kind, w in (word.split("=") for word in text.split(","))},
         default={}, help="weights of kinds of rows, of the others 1 (APEFT; ours)")
@@ -86,8 +88,14 @@ def parse_args():
     add("--eval-every", type=int, default=0, metavar="STEPS", help="(0: before and after)")
     args = p.parse_args()
     if min(args.lr, args.beta, args.clip, args.epochs, args.batch, args.microbatch, args.lora_r,
+           args.sentence_beta, args.desirable_weight, args.undesirable_weight,
+           args.sentence_desirable_weight, args.sentence_undesirable_weight,
            *args.kind_weights.values(), 1 if args.limit is None else args.limit) <= 0:
         die("expected rates, sizes and weights above 0")
+    if min(args.lam, args.alpha) < 0:
+        die("expected --lam and --alpha of at least 0")
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").exists():
+        die(f"{args.adapter}: expected a folder with a LoRA adapter, found no adapter_config.json")
     if not (0 <= args.warmup < 1 and 0 <= args.label_smoothing < 0.5 and args.lora_r <= 64):
         die("expected 0 <= --warmup < 1, 0 <= --label-smoothing < 0.5, --lora-r <= 64 (vLLM's)")
     if args.kind_weights and args.loss in ("sft", "factalign"):
@@ -98,7 +106,7 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------
 # Rows and tokens
 
-ROW = {
+ROW = {  # a pair has chosen and rejected, a single response is a completion
     "prompt": [{"role": "user", "content": "Where is Fiji?"}],
     "chosen": [{"role": "assistant", "content": "In Oceania."}],
     "rejected": [{"role": "assistant", "content": "In Asia."}],
@@ -106,7 +114,7 @@ ROW = {
     "label": True,
     "completion_sentences": ["It is a state.", "It is in Asia."],
     "sentence_label": [True, False],
-    "sentence_spans": [[0, 14], [15, 29]],  # without them the sentences are searched
+    "sentence_spans": [[0, 14], [15, 29]],  # characters [start, end); without them: searched
     "finish": "stop",  # or "length"; of a pair {"chosen": ..., "rejected": ...}; unsaid: stop
     "prompt_id": "fiji-geo",
     "kind": "fact"}
@@ -132,7 +140,7 @@ def like(value, example):
 
 def lacks(row, loss):
     """What is expected of a row and not there; None where all is."""
-    needed = ("prompt", *sides(loss), *["label"] * (loss in ("kto", "factalign")))
+    needed = ("prompt", *sides(loss), *["label"] * (loss in KTO))
     for name, example in ROW.items():
         value = as_messages(row[name]) if name == "prompt" else row.get(name)
         if name != "finish" and not like(value, example) and (name in needed or value is not None):
@@ -141,10 +149,13 @@ def lacks(row, loss):
         if len(row[side]) != 1 or finish(row, side) not in ("stop", "length"):
             return f"one message as {side!r}, its 'finish' stop or length"
     lengths = [len(row.get(name) or []) for name in SENTENCES]
-    spans = row.get("sentence_spans") or []
-    if ({*lengths} - {0, lengths[0]} or (lengths[0] and not any(lengths[1:]))
-            or any(len(span) != 2 for span in spans)):
-        return f"{' and '.join(map(repr, SENTENCES))} of one length, a span as [start, end]"
+    if {*lengths} - {0, lengths[0]} or (lengths[0] and not any(lengths[1:])):
+        return f"{' and '.join(map(repr, SENTENCES))} of one length"
+    end = 0
+    for span in row.get("sentence_spans") or [] if loss == "factalign" else []:
+        if len(span) != 2 or not end <= span[0] < span[1] <= len(row["completion"][0]["content"]):
+            return "'sentence_spans' as [start, end] inside the completion, one after the other"
+        end = span[1]
 
 
 def encode(tokenizer, prompt, text, finish):
@@ -249,10 +260,12 @@ def plan(rows, args, batch, epochs, halves=False):
     kinds = [list(groups.values()) for groups in kinds.values()]
     most = max(sum(map(len, groups)) for groups in kinds)
     n = math.ceil(most * len(kinds) / batch)
+    if args.loss in KTO:  # no step of one row
+        n = min(n, max(1, most * len(kinds) // 2))
     for _ in range(epochs):
         parts = [drawn(groups, most, n, rng, args.loss in PAIRS) for groups in kinds]
         steps += [sum(step, []) for step in zip(*parts) if any(step)]
-    if args.loss in ("kto", "factalign"):
+    if args.loss in KTO:
         steps = [[[row] for row in mismatched(sum(step, []))] for step in steps]
     for step in steps:
         step.sort(key=lambda group: length(distinct(group)[-1]))
@@ -446,7 +459,7 @@ def sweep(folder, pattern="step-*.pt", keep=0):
 
 
 def weigh(what, labels, true_weight, false_weight):
-    """KTO's own advice: weight x count of one label at most 4/3 of the other's."""
+    """Advice for KTO: weight x count of one label at most 4/3 of the other's."""
     true, false = labels.count(True) * true_weight, labels.count(False) * false_weight
     if 3 * max(true, false) > 4 * min(true, false):
         print(f"{what}: weight x count is {true:g} where the label is true, {false:g} where it is "
@@ -549,7 +562,10 @@ def main():
                         parts=lambda row: lacks(row, args.loss))
              for path in (args.inp, args.eval_prefs) if path]
     files[0], out = files[0][:args.limit], Path(args.out)
-    args.rows, args.held = len(files[0]), digest(sum(files[1:], []))  # flags: no run outlives them
+    # Flags to same_run: what else makes another run.
+    args.rows, args.held, args.processes = len(files[0]), digest(sum(files[1:], [])), RANKS
+    for path in Path(args.adapter or "/dev/null").glob("*.safetensors"):
+        args.adapter_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     unknown = args.kind_weights.keys() - {row.get("kind") for row in files[0]}
     if unknown:
         die(f"{args.inp}: expected rows of each of --kind-weights, found no {sorted(unknown)}")
@@ -573,6 +589,8 @@ def main():
         die(f"{args.eval_prefs}: expected other prompts than --prefs, found {sorted(both)}")
     if not rows or [] in held:
         die(f"expected rows of at most {args.max_length} tokens (--max-length), found none")
+    if args.loss == "factalign" and not any(row["sentences"] for row in rows):
+        die(f"{args.inp}: expected rows with sentences ({', '.join(SENTENCES)}), found none")
     check_head(model, rows[0]["responses"][0])
     weigh("rows", [row["label"] for row in rows], args.desirable_weight, args.undesirable_weight)
     weigh("sentences", sum((row["sentences"] for row in rows), []),

@@ -150,7 +150,7 @@ def kl_estimate(policy_kl, ref_kl):
 
     The N mismatched responses are those of the WHOLE step, gathered by the caller: one number for
     all microbatches and processes; first the mean, then the maximum. 0 for N = 0. Detached. It says
-    how far the policy has gone from the reference, in nats: a reward counts only above z0.
+    how far the policy has gone from the reference, in nats: log-ratios are held against it.
     FactAlign pairs each row's OWN completion with another prompt, so its z0 moves with the very
     log-ratios it is held against; HALOs divides by the number of NON-ZERO log-ratios.
     """
@@ -167,8 +167,8 @@ def kto_loss(logratio, label, kl, beta=0.1, desirable_weight=1.0, undesirable_we
                    w_U * (1 - sigmoid(beta * (z0 - logratio)))    where it is False
 
     w_D, w_U: the two weights. z0 is a constant, without gradient. At policy == reference it is 0
-    and the loss w / 2. The gradient vanishes on both sides of z0 (DPO's on one): KTO gives up on
-    what it cannot move. Divide by all rows; keep w_D * n_D : w_U * n_U, of n rows, within 4:3.
+    and the loss w / 2. Far from z0 on either side the gradient vanishes (DPO's on one): KTO gives
+    up on what it cannot move. Divide by all rows; keep w_D * n_D : w_U * n_U (n rows) within 4:3.
 
     Logged: rewards/chosen, rewards/rejected = beta * logratio, means over the desirable and the
     undesirable rows, and rewards/margins, their difference, where there are such rows; kl = z0.

@@ -837,6 +837,11 @@ SENTENCES = {"sentence_label": [True, False], "completion_sentences": ["It is.",
         ({"sentence_spans": [[0, 6], [7, 10], [10, 11]]}, "'sentence_spans'"),
         ({"sentence_spans": [[0, 6], [7]]}, "'sentence_spans'"),
         ({"sentence_spans": [0, 6]}, "'sentence_spans'"),
+        ({"sentence_spans": [[0, 6], [-9, -1]]}, "'sentence_spans'"),
+        ({"sentence_spans": [[0, 4], [3, 7]]}, "'sentence_spans'"),
+        ({"sentence_spans": [[4, 7], [0, 3]]}, "'sentence_spans'"),
+        ({"sentence_spans": [[0, 3], [4, 900]]}, "'sentence_spans'"),
+        ({"sentence_spans": [[0, 3], [4, 4]]}, "'sentence_spans'"),
         ({"sentence_spans": [[0, 6], ["7", "10"]]}, "'sentence_spans'")]],
 ])
 def test_bad_rows_are_refused(loss, change, named, tiny_model, tmp_path):
@@ -849,6 +854,24 @@ def test_bad_rows_are_refused(loss, change, named, tiny_model, tmp_path):
     told = re.fullmatch(f"{where}:2: expected (.*), found .+\n", done.stderr)
     assert told and named in told[1], done.stderr
     assert names(tmp_path) == {"prefs.jsonl"}
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--lam", -3], "--lam"), (["--sentence-beta", -1], "above 0"),
+    (["--undesirable-weight", 0], "above 0"), (["--adapter", "nowhere"], "adapter_config.json"),
+    (["--kind-weights", "fact=2"], "fact"), (["--loss", "factalign"], "with sentences")])
+def test_flags_that_cannot_be_meant_are_refused(flags, named, tiny_model, tmp_path):
+    rows = [{**target(name), "label": n % 2 == 0} for n, name in enumerate("abcd")]
+    done = run_train(tmp_path, tiny_model, "--loss", "kto", *flags, rows=rows, held=None)
+    assert done.returncode == 2 and named in done.stderr
+    assert names(tmp_path) == {"prefs.jsonl"}
+
+
+def test_kto_has_no_step_of_one_row(tiny_model, tmp_path):
+    rows = [{**target(name), "label": n % 2 == 0} for n, name in enumerate("abcdefg")]
+    done = run_train(tmp_path, tiny_model, "--loss", "kto", "--batch", 2, rows=rows, held=None)
+    assert done.returncode == 0, done.stderr
+    assert len(read_rows(tmp_path / "tuned" / "log.jsonl")) == 3  # of 3, 2 and 2
 
 
 def test_rows_of_another_loss_are_refused(tiny_model, tmp_path):
