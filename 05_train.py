@@ -338,13 +338,12 @@ def fingerprint(model, steps, args):
     return found.hexdigest()
 
 
-def reference_logps(model, steps, args):
+def reference_logps(model, steps, args, key):
     """completion_logps of all steps without a graph, kept beside OUT. A response counts where it
     comes first: policy and reference see the same batch there, so at step 0 they are equal."""
     import torch
     from safetensors.torch import load_file, save_file
-    name, found = f"reference-{fingerprint(model, steps, args)[:16]}.safetensors", {}
-    path = Path(args.out).parent / name
+    path, found = Path(args.out).parent / f"reference-{key[:16]}.safetensors", {}
     rows = [row for step in steps for rows in step for row in rows]
     order = distinct(rows + others(rows))
     if not path.exists():
@@ -600,7 +599,9 @@ def main():
     key, reference = fingerprint(model, steps + held, args), {}
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.loss not in ("sft", "cpo"):
-        reference = reference_logps(reference_model(args, model), steps + held, args)
+        ref = reference_model(args, model)
+        ref_key = key if ref is model else fingerprint(ref, steps + held, args)
+        reference = reference_logps(ref, steps + held, args, ref_key)
 
     if RANK == 0 and not out.exists():
         write_whole(memo, text)  # a folder without it would be somebody else's

@@ -127,7 +127,7 @@ def ours(job, microbatch):
             "--full", "--model", MODEL, "--device", "cpu", "--schedule", "constant", "--warmup", 0,
             "--save-every", "0", *flags, "--microbatch", microbatch]
     with (mock.patch.object(sys, "argv", list(map(str, argv))), timed("train"),
-          timed("reference_logps")):
+          timed("reference_logps"), timed("fingerprint")):
         train.main()
     log = read_rows(out / "log.jsonl")
     return {"seconds": sum(seconds.values()), **seconds, "losses": [row["loss"] for row in log],

@@ -104,7 +104,7 @@ def loop(folder, model, steps, reference, args):
 
 def reference_of(folder, model, steps, args):
     args.out = folder / "tuned"
-    return train.reference_logps(model, steps, args)
+    return train.reference_logps(model, steps, args, train.fingerprint(model, steps, args))
 
 
 def load(folder):
