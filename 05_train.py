@@ -618,7 +618,7 @@ def main():
         train(model, steps, sum(held, []), reference, args, key + text, out, log)
         processes.destroy_process_group()
         if RANK:
-            return 0
+            os._exit(0)  # the usual way out can abort in a thread of torch.distributed
         model = model.merge_and_unload() if args.merge and not args.full else model
         (model.bfloat16() if args.full or args.merge else model).save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -631,6 +631,9 @@ def main():
            sentences_in=sum(len(row.get("sentence_label") or []) for row in files[0]),
            sentences=sum(len(row["sentences"]) for row in rows), steps=len(steps),
            held_out=sum(map(len, sum(held, []))))
+    if RANKS > 1:
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 

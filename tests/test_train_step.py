@@ -736,7 +736,7 @@ TOGETHER = {  # rows, flags. A step of one group (dpo) or one row (sft) leaves a
 LONG = ["--loss", "factalign", "--batch", 4, "--epochs", 40, "--save-every", 5, "--full", "--dtype",
         "float32", "--lr", 1e-4]
 DRIVER = '''
-import json, runpy, sys
+import json, os, runpy, sys
 import accelerate
 
 class Meeting(accelerate.PartialState):  # as the first one of a process is
@@ -748,6 +748,7 @@ class Meeting(accelerate.PartialState):  # as the first one of a process is
         """The next command of this driver needs it."""
 
 accelerate.PartialState = Meeting
+leave, os._exit = os._exit, sys.exit
 for argv in json.load(open(sys.argv[1])):
     sys.argv = argv
     try:
@@ -755,6 +756,8 @@ for argv in json.load(open(sys.argv[1])):
     except SystemExit as end:
         if end.code:
             raise
+sys.stdout.flush()
+leave(0)
 '''
 
 
