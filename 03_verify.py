@@ -3,72 +3,86 @@ Stage 3. Judge every fact against a reference work, and keep the evidence beside
 
 Reads   facts.jsonl      02's rows: {"id", "topic", "sentences": [{"text", "facts": [{"text"}]}]}
 Writes  verified.jsonl   the same rows, each fact judged:
-  {"text": "Bolivia borders Peru", "label": "S", "kind": "border",
-   "evidence": [{"title": "Bolivia", "field": "Land boundaries", "text": "total: 7,252 km; ..."}]}
+  {"text": "Bolivia borders Peru", "label": "S", "kind": "border", "evidence": [{"title": "Bolivia",
+   "field": "Land boundaries", "text": "total: 7,252 km; ...", "found": "title"}]}
   label   S supported, NS not supported (contradicted or simply not stated), IR nothing to check,
-          null could not be judged (its topic has no page): counted, left out of every score, exit 1
+          null could not be judged (no page, an answer that is no verdict): counted, left out of
+          every score, exit 1; --retry-null judges them again
   kind    border, direction, number, region, place, capital, membership, vague, other
-Corpus  JSONL rows {"title", "text", "field"?}, one passage a row
+  found   by the topic's page ("title"; "alias": without case, diacritics, articles, or another name
+          in data/lexicon.json), or by "search" of all pages
+Corpus  JSONL {"title", "text", "field"?}, a passage a row; or SQLite documents(title, text), as
+        FActScore has it (data/corpus.py)
 
-The topic's page comes first: its title exactly, then without case, diacritics and articles, then by
-the other names in data/lexicon.json ("aliases"). --method lexical (rules.py) scans the whole page:
-all names, numbers and directions of a part must stand in one passage, and that passage's field must
-fit the claim's relation. For a fact that is not supported, BM25 picks the passages to show; it
-decides nothing.
+--method lexical     (rules.py) all names, numbers and directions of a part of the claim must stand
+                     in one passage of the topic's page whose field fits. Deterministic
+--method nli         a small fact checker reads the page in pieces: the best piece's P(supported)
+                     becomes "score", S above 1/2 (FactCG; --model: its folder or hub name)
+--method llm         a server (--model, --base-url) writes up to --steps search queries, each seeing
+                     what was found, then gives the verdict. The queries search the topic's page
+                     (FActScore), with --open-search the whole corpus (FactAlign, section 3.2)
+--method confidence  FactTune-MC: --answers, 01's samples for 02's questions, are clustered: "conf":
+                     {"max": largest share, "exp": sum p^2, "neg_ent": sum p log p}; no verdict
+--method answers     APEFT: each answer of --answers is judged (--judge): "answers": [{"text",
+                     "label", "count"}], "r": share of S, "known": unknown 0, potentially, known 1
+--method rate        how well a response follows its prompt, 1 to 5: "rating", a server's mean of 3
+                     (FLAME, section 4.3); without --model, 5 or 1 by the row's "check", a regex
 
-Not as in the papers: FActScore, FLAME and FactAlign ask a language model for the verdict. This is
-deterministic, and stingy: it misses true claims that a person finds (README, the verifier).
+Not as in the papers: FActScore, FLAME and FactAlign ask a language model for the verdict; the
+lexical check is stingy: it misses true claims that a person finds (README, the verifier). FactAlign
+searches with ColBERT, here BM25 does. What APEFT calls correct is not known; here a judge says it.
 
 CPU, 5 seconds:  python 03_verify.py --in runs/dev/facts.jsonl --out runs/dev/verified.jsonl
+A server:        python 03_verify.py --in runs/dev/facts.jsonl --out runs/dev/judged.jsonl \\
+                     --method llm --base-url http://localhost:8000/v1 --model NAME --corpus wiki.db
 """
-import hashlib
+import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import rules
-from common import arguments, die, output, progress, read_jsonl, report, run
+from common import (arguments, as_messages, chat, chat_arguments, die, digest, load_model, output,
+                    progress, read_jsonl, report, run, template, workers)
+from data import corpus
+
+NLI = "derenlei/FactCG-DeBERTa-v3-Large"  # 0.4 B, MIT
+NLI_INPUT = ("{document}\n\nChoose your answer: based on the paragraph above can we conclude that "
+             '"{claim}"?\n\nOPTIONS:\n- Yes\n- No\nI think the answer is ')
+NLI_WORDS = 550  # of a piece
 
 
 def parse_args():
     p = arguments(__doc__)
-    p.add_argument("--method", default="lexical", choices=["lexical"], help="who judges")
+    p.add_argument("--method", default="lexical", help="who judges, or what is measured",
+                   choices=["lexical", "nli", "llm", "confidence", "answers", "rate"])
+    p.add_argument("--judge", default="lexical", choices=["lexical", "nli", "llm"],
+                   help="of --method answers")
+    p.add_argument("--answers", metavar="FILE", help="01's samples for 02's --questions-out")
+    # Evidence
     p.add_argument("--corpus", default="data/world/countries.jsonl", metavar="FILE",
                    help="the reference work (python data/prepare.py makes the default)")
-    p.add_argument("--top", type=int, default=2, help="passages kept as evidence of a fact")
-    p.add_argument("--open-search", action="store_true",
-                   help="search the whole corpus for a topic without a page, instead of null")
+    p.add_argument("--top", type=int, default=3, help="passages a query (FactAlign's 3), and shown")
+    p.add_argument("--steps", type=int, default=2, help="queries a fact (FactAlign's 2)")
+    p.add_argument("--open-search", action="store_true", help="search the whole corpus: for topics "
+                   "without a page, instead of null; by llm for all")
     p.add_argument("--retry-null", action="store_true", help="judge facts that came out null again")
+    # The judge
+    p.add_argument("--model", metavar="NAME", help="the server's name of it; of nli a folder or "
+                   f"hub name (default {NLI})")
+    p.add_argument("--device", help="of nli: cpu, cuda, ... (default: cuda if there is one)")
+    p.add_argument("--max-tokens", type=int, default=1024, help="of a reply, reasoning included")
+    p.add_argument("--concurrency", type=int, default=32, help="calls at a time")
+    chat_arguments(p)
     args = p.parse_args()
-    if args.top < 1:
-        die("--top must be at least 1")
+    if min(args.top, args.steps, args.max_tokens, args.concurrency) < 1:
+        die("--top, --steps, --max-tokens and --concurrency must be at least 1")
+    if (args.method in ("confidence", "answers")) != bool(args.answers):
+        die("expected --answers with --method confidence and answers, and only there")
     return args
 
 
 # ---------------------------------------------------------------------------------------------
-# Evidence: the topic's page
-
-def plain_title(title):
-    """The tolerant form of a title: no case, no diacritics, no article, no punctuation."""
-    plain = rules.ascii_lower(title)
-    return re.sub(r"[^a-z0-9]+", " ", re.sub(r"^the ", "", plain)).strip()
-
-
-def index_titles(passages):
-    """({title: its passages}, {tolerant form or alias: title})."""
-    pages = {}
-    for passage in passages:
-        pages.setdefault(passage["title"], []).append(passage)
-    aliases = {a: t for a, t in rules.LEXICON["aliases"].items() if t in pages}
-    loose = {plain_title(name): title for name, title in [*aliases.items(), *zip(pages, pages)]}
-    loose.pop("", None)  # names without a Latin letter or digit
-    return pages, loose
-
-
-def find_page(topic, pages, loose):
-    """The title of the topic's page, or None."""
-    return topic if topic in pages else loose.get(plain_title(topic))
-
+# Evidence: the topic's page, else a search
 
 def bm25_index(passages):
     """BM25Plus over passages; BM25Okapi would tie on a page of two (its idf is 0 there)."""
@@ -83,8 +97,30 @@ def rank_passages(query, passages, index, top):
     return [passages[i] for i in order[:top]]
 
 
+def line_of(passage):
+    return ": ".join(passage[key] for key in ("field", "text") if passage.get(key))
+
+
+def searched(c, query, top):
+    return [{**p, "found": "search"} for p in corpus.search(c, query, top)]
+
+
+def open_page(topic, claim, c, open_search):
+    """What a claim about a topic is judged by: {"passages", "index", "facts"}, or None."""
+    title, how = corpus.find_page(c, topic)
+    if title is None and not open_search:
+        return None
+    key = topic if title else (topic, claim)
+    if key not in c["open"]:
+        passages = [{**p, "found": how} for p in corpus.passages_of(c, title)] if title else (
+            searched(c, claim, 20))
+        c["open"][key] = {"passages": passages, "index": bm25_index(passages or [{"text": ""}]),
+                          "facts": rules.read_page(passages, topic, c["titles"])}
+    return c["open"][key]
+
+
 # ---------------------------------------------------------------------------------------------
-# Verdicts
+# Verdicts: each judge makes {"label", "evidence", ...} of a claim about a topic
 
 def kind_of(claim, topic):
     """border, direction, capital, membership, number, region, place, vague or other: one each."""
@@ -107,53 +143,182 @@ def kind_of(claim, topic):
     return "vague" if not c["names"] and len(vague) * 2 >= len(c["content"]) else "other"
 
 
-def open_page(topic, claim, corpus, open_search):
-    """What a claim about a topic is judged by: {"page", "passages", "index"}, or None.
-
-    corpus  {"pages", "loose", "all": BM25 over everything, when needed, "open": pages by topic}
-    """
-    title = find_page(topic, corpus["pages"], corpus["loose"])
-    if title is None and not open_search:
-        return None
-    key = topic if title else (topic, claim)
-    if key not in corpus["open"]:
-        passages = corpus["pages"].get(title)
-        if passages is None:
-            every = [p for page in corpus["pages"].values() for p in page]
-            corpus["all"] = corpus["all"] or bm25_index(every)
-            passages = rank_passages(claim, every, corpus["all"], 20)
-        corpus["open"][key] = {"page": rules.read_page(passages, topic, set(corpus["pages"])),
-                               "passages": passages, "index": bm25_index(passages)}
-    return corpus["open"][key]
+def lexical(claim, topic, c, args, _):
+    page = open_page(topic, claim, c, args.open_search)
+    if page is None:
+        return {"label": None, "evidence": []}
+    label, carriers = rules.check(claim, page["facts"])
+    shown = carriers or rank_passages(claim, page["passages"], page["index"], args.top)
+    return {"label": label, "evidence": shown[:args.top]}
 
 
-def judge(claim, topic, corpus, top, open_search):
-    """{"label", "kind", "evidence"} of one claim."""
-    kind = kind_of(claim, topic)
-    found = open_page(topic, claim, corpus, open_search)
-    if found is None:
-        return {"label": None, "kind": kind, "evidence": []}
-    label, carriers = rules.check(claim, found["page"])
-    shown = carriers or rank_passages(claim, found["passages"], found["index"], top)
-    return {"label": label, "kind": kind, "evidence": shown[:top]}
+def pieces(passages):
+    """Passages in pieces of at most NLI_WORDS words: [[passage]]; a longer passage is cut."""
+    out, room = [], 0
+    for passage in passages:
+        words = passage["text"].split()
+        for start in range(0, len(words), NLI_WORDS):
+            part = words[start:start + NLI_WORDS]
+            if len(part) > room:
+                out.append([])
+                room = NLI_WORDS
+            out[-1].append({**passage, "text": " ".join(part)})
+            room -= len(part)
+    return out
 
 
-def verify(row, judge_once):
-    """A row of facts with every fact judged; judge_once(claim, topic) gives a fact's new fields."""
-    return {**row, "sentences": [
-        {**s, "facts": [{**f, **judge_once(f["text"], row["topic"])} for f in s["facts"]]}
-        for s in row["sentences"]]}
+def load_nli(args):
+    """f(documents, claim) -> P(supported) of each (the FactCG authors' input, class 1)."""
+    import torch
+    model, tokenizer, _ = load_model(args.model or NLI, None, "float32", args.device,
+                                     "AutoModelForSequenceClassification")
 
+    def supported(documents, claim):
+        scores = []
+        for i in range(0, len(documents), 8):  # a page may be a book
+            texts = [NLI_INPUT.format(document=d, claim=claim) for d in documents[i:i + 8]]
+            inputs = tokenizer(texts, padding=True, return_tensors="pt", split_special_tokens=True)
+            with torch.inference_mode():
+                logits = model(**inputs.to(model.device)).logits.float()
+            scores += logits.softmax(-1)[:, 1].tolist()
+        return scores
+    return supported
+
+
+def nli(claim, topic, c, args, supported):
+    page = open_page(topic, claim, c, args.open_search)
+    if page is None:
+        return {"label": None, "evidence": []}
+    found = pieces(page["passages"])
+    if not found:
+        return {"label": "NS", "score": 0.0, "evidence": []}
+    scores = supported([" ".join(map(line_of, piece)) for piece in found], claim)
+    best = max(range(len(found)), key=scores.__getitem__)
+    return {"label": "S" if scores[best] > 0.5 else "NS", "score": round(scores[best], 4),
+            "evidence": rank_passages(claim, found[best], bm25_index(found[best]), args.top)}
+
+
+def last_line(reply, pattern):
+    """The match of `pattern` with the last line of a finished reply, thoughts left out, or None."""
+    said = reply["text"].rpartition("</think>")[2]
+    said = "" if reply["finish"] != "stop" or "<think>" in said else said
+    return re.fullmatch(pattern, said.strip().rpartition("\n")[2].strip())
+
+
+def verdict(reply):
+    found = last_line(reply, r"(?i)(?:[\w ]{0,20}:)?\W*\[(supported|not supported)\]\W*")
+    return found and {"supported": "S", "not supported": "NS"}[found[1].lower()]
+
+
+def llm(claim, topic, c, args, ask):
+    """FactAlign's search and verdict (section 3.2): a query sees what those before it have found.
+    A query that comes again finds nothing new and ends the search."""
+    page = None if args.open_search else open_page(topic, claim, c, False)
+    if page is None and not args.open_search:
+        return {"label": None, "evidence": []}
+    params = {"temperature": 0.0, "max_tokens": args.max_tokens, "seed": args.seed}
+    evidence, queries = [], []
+
+    def shown():
+        return "\n".join(f"- {p['title']}: {line_of(p)}" for p in evidence) or "(nothing yet)"
+
+    while len(queries) < args.steps:
+        query = ask(template("query", topic=topic, statement=claim, evidence=shown()),
+                    lambda reply: last_line(reply, r"(?i)query: *(.*\w.*)"), f"Query: {claim}",
+                    **params)
+        query = query[1] if query else claim  # an answer without a query: the claim is one
+        if query in queries:
+            break
+        queries.append(query)
+        hits = searched(c, query, args.top) if page is None else rank_passages(
+            query, page["passages"], page["index"], args.top)
+        evidence += [hit for hit in hits if hit not in evidence]
+    label = ask(template("verdict", topic=topic, statement=claim, evidence=shown()), verdict,
+                "[Supported]", **params)
+    return {"label": label, "evidence": evidence, "queries": queries}
+
+
+def rating(row, args, ask):
+    """FLAME's instruction following (section 4.3): the mean of 3 judgements with reasons, or None;
+    without a server whether the response passes the row's own check, as 5 or 1."""
+    if not ask:
+        return 5.0 if re.search(row["check"], row["response"].strip()) else 1.0
+    asked = template("rate", prompt=as_messages(row["prompt"])[-1]["content"],
+                     response=row["response"])
+    marks = [ask(asked, lambda reply: last_line(reply, r"(?i)\W*rating: *\[([1-5])\]\W*"),
+                 "Rating: [3]", temperature=0.7, max_tokens=args.max_tokens, seed=seed)
+             for seed in range(args.seed, args.seed + 30, 10)]  # and a retry takes the next
+    return None if None in marks else round(sum(int(mark[1]) for mark in marks) / 3, 4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampled answers: what the model itself believes (FactTune-MC) and knows (APEFT)
+
+def question_of(row):
+    """What joins facts and sampled answers: 02's question, or its prefix to go on from."""
+    return row.get("question") or row.get("prefix")
+
+
+def short_answer(sample):
+    """What a sample answers: its first line, after a prefix its first clause, no cut last word."""
+    said = answer = sample["response"].strip().split("\n")[0].strip()
+    if sample.get("prefix"):
+        for start, end in rules.sentences(said)[:1]:
+            answer = re.split(r"[,;:](?=\s)", said[start:end])[0].rstrip(".!?")
+    cut = sample.get("finish") == "length" and sample["response"].strip() == answer
+    return answer.rpartition(" ")[0] if cut else answer
+
+
+def plain_answer(text):
+    """An answer without case, punctuation and articles (FactTune)."""
+    return " ".join(w for w in re.findall(r"\w+", text.lower()) if w not in ("a", "an", "the"))
+
+
+def clusters(answers):
+    """[[answer]]: each joins the first cluster whose first answer means the same, as FactTune's
+    code has it: equal, of the same words, one the other's ending, or singular and plural."""
+    out = []
+    for answer in answers:
+        a = plain_answer(answer)
+        for cluster in out:
+            b = plain_answer(cluster[0])
+            if a == b or a and b and (set(a.split()) == set(b.split()) or f" {a}".endswith(f" {b}")
+                                      or f" {b}".endswith(f" {a}") or a + "s" == b or b + "s" == a):
+                cluster.append(answer)
+                break
+        else:
+            out.append([answer])
+    return out
+
+
+def confidence(answers):
+    """FactTune-MC's three statistics of n sampled answers, from the shares p of their clusters."""
+    shares = [len(cluster) / len(answers) for cluster in clusters(answers)]
+    return {"max": round(max(shares), 4), "exp": round(sum(p * p for p in shares), 4),
+            "neg_ent": round(sum(p * math.log(p) for p in shares), 4)}
+
+
+def statement_of(fact, answer):
+    """A sampled answer as a claim that can be judged."""
+    return f"{fact['prefix']} {answer}" if fact.get("prefix") else (
+        f'The answer to the question "{fact["question"]}" is: {answer}')
+
+
+def knowledge(answers):
+    """{"answers", "r", "known"} of judged answers [(text, label)]; null answers count nowhere."""
+    counts = Counter(answers)
+    labels = [label for _, label in answers if label is not None]
+    r = round(labels.count("S") / len(labels), 4) if labels else None
+    known = None if r is None else "unknown" if r == 0 else "known" if r == 1 else "potentially"
+    return {"answers": [{"text": text, "label": label, "count": n}
+                        for (text, label), n in counts.items()], "r": r, "known": known}
+
+
+# ---------------------------------------------------------------------------------------------
 
 def facts_of(row):
     return [fact for sentence in row["sentences"] for fact in sentence["facts"]]
 
-
-def has_null(row):
-    return any(fact["label"] is None for fact in facts_of(row))
-
-
-# ---------------------------------------------------------------------------------------------
 
 def wrong_parts(row):
     """What was expected of sentences without facts that have a text; None where they have them."""
@@ -164,42 +329,132 @@ def wrong_parts(row):
             return "'sentences' as [{'facts': [{'text': ...}]}]"
 
 
+def wrong_rate(row):
+    """What was expected of a prompt without text, or of a check that is no regex."""
+    try:
+        re.compile(row.get("check", "") + as_messages(row["prompt"])[-1]["content"][:0])
+    except (re.error, LookupError, TypeError):
+        return "'prompt' as text or messages {role, content}, and 'check' as a regex"
+
+
+def sampled_answers(args):
+    """{(topic, question): [answer]} of --answers."""
+    rows = read_jsonl(args.answers, {"topic": str, "response": str}, made_by="01_generate.py")
+    args.answers_sha256 = digest(rows)
+    found = {}
+    for row in rows:
+        if short_answer(row):
+            found.setdefault((row["topic"], question_of(row)), []).append(short_answer(row))
+    return found
+
+
+def verify(row, args, answers, result):
+    """The row with what was found out about its facts, or about it. result(*key) is what judge()
+    says of (claim, topic), or of the row's id. Called twice: to hand out the work, to collect it.
+    """
+    topic = row.get("topic")
+
+    def fields(fact):
+        if not args.answers and not fact.get("relevant", True):  # so 02 --relevance found
+            return {"label": "IR", "kind": kind_of(fact["text"], topic), "evidence": []}
+        if not args.answers:
+            return result(fact["text"], topic)
+        if not question_of(fact):
+            return {}
+        said = answers.get((topic, question_of(fact)), [])
+        if args.method == "confidence":
+            return {"conf": confidence(said) if said else None}
+        return knowledge([(text, result(statement_of(fact, text), topic)["label"])
+                          for text in said])
+
+    if args.method == "rate":
+        return {**row, "rating": result(row["id"])}
+    return {**row, "sentences": [{**s, "facts": [{**fact, **fields(fact)} for fact in s["facts"]]}
+                                 for s in row["sentences"]]}
+
+
+def judge_of(args, rows, c, ask):
+    """judge(claim, topic), or with --method rate judge(id)."""
+    if args.method == "rate":
+        by_id = {row["id"]: row for row in rows}
+        return lambda name: rating(by_id[name], args, ask)
+    name = args.judge if args.answers else args.method
+    how = {"lexical": lexical, "nli": nli, "llm": llm}.get(name)
+    tool = load_nli(args) if name == "nli" else ask
+
+    def judge(claim, topic):
+        found = how(claim, topic, c, args, tool)
+        return {"label": found.pop("label"), "kind": kind_of(claim, topic), **found}
+    return judge
+
+
 def main():
     args = parse_args()
-    rows = read_jsonl(args.inp, {"sentences": list, "topic": str}, made_by="02_decompose.py",
-                      parts=wrong_parts)
-    passages = read_jsonl(args.corpus, {"title": str, "text": str}, made_by="data/prepare.py",
-                          unique=False)
-    passages = [{k: p[k] for k in ("title", "field", "text") if k in p} for p in passages]
-    args.corpus_sha256 = hashlib.sha256(Path(args.corpus).read_bytes()).hexdigest()
-    pages, loose = index_titles(passages)
-    corpus = {"pages": pages, "loose": loose, "all": None, "open": {}}
-    counts, kinds, missing, judged = Counter(), Counter(), set(), {}
+    needs = {"prompt": (str, list), "response": str} if args.method == "rate" else (
+        {"sentences": list, "topic": str})
+    if args.method == "rate" and not args.model:
+        needs["check"] = str
+    rows = read_jsonl(args.inp, needs, made_by="02_decompose.py",
+                      parts=wrong_parts if "sentences" in needs else wrong_rate)
+    answers = sampled_answers(args) if args.answers else None
+    c, args.corpus_sha256 = None, None
+    if args.method not in ("rate", "confidence"):
+        c = {**corpus.open_corpus(args.corpus), "open": {}}
+        args.corpus_sha256 = corpus.digest(c)
+    ask, spent = None, {}
+    if (args.judge if args.answers else args.method) == "llm" or (
+            args.method == "rate" and args.model):
+        args.prompts_sha256 = digest(map(template, ("query", "verdict", "rate")))
+        ask, spent = chat(args)
+    field = {"rate": "rating", "confidence": "conf", "answers": "r"}.get(args.method, "label")
 
-    def judge_once(claim, topic):
-        if (topic, claim) not in judged:
-            judged[topic, claim] = judge(claim, topic, corpus, args.top, args.open_search)
-        return judged[topic, claim]
+    def values(row):
+        return [part[field] for part in ([row] if field == "rating" else facts_of(row))
+                if field in part]
 
-    again = has_null if args.retry_null else lambda row: False
-    with output(args, rows, again) as (done, write, _):
+    again = (lambda row: None in values(row)) if args.retry_null else lambda row: False
+    found, kinds, missing, failed = [], Counter(), set(), 0
+    with output(args, rows, again) as (done, write, fail), \
+            workers(args.concurrency if ask else 1) as pool:
         todo = rows[:args.limit]
+        fresh = [row for row in todo if row["id"] not in done]
+        judge, jobs = judge_of(args, rows, c, ask) if fresh else None, {}
+
+        def hand_out(*key):
+            if key not in jobs:  # the same claim on one topic is judged once
+                jobs[key] = pool.submit(judge, *key)
+            return {"label": None}
+
+        for row in fresh:
+            verify(row, args, answers, hand_out)
         for row in progress(todo, unit="row"):
             if row["id"] not in done:
-                done[row["id"]] = verify(row, judge_once)
+                try:
+                    done[row["id"]] = verify(row, args, answers, lambda *key: jobs[key].result())
+                except ConnectionError as error:
+                    failed += 1
+                    fail(row, error)
+                    continue
                 write(done[row["id"]])
-            found = facts_of(done[row["id"]])
-            counts.update(fact["label"] for fact in found)
-            kinds.update(fact["kind"] for fact in found)
-            missing |= {row["topic"]} if has_null(done[row["id"]]) else set()
+            row = done[row["id"]]
+            found += values(row)
+            if field == "label":
+                kinds.update(fact["kind"] for fact in facts_of(row))
+                if None in values(row) and corpus.find_page(c, row["topic"])[0] is None:
+                    missing.add(row["topic"])
     if missing:
         print(f"no page in {args.corpus} for: {', '.join(sorted(missing))}")
-    checked = counts["S"] + counts["NS"]
-    report(rows_in=len(todo), rows_out=len(todo), facts=sum(counts.values()), supported=counts["S"],
-           not_supported=counts["NS"], irrelevant=counts["IR"], unjudged=counts[None],
-           pooled_precision=round(counts["S"] / checked, 4) if checked else None,
-           kinds=", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))
-    return 1 if counts[None] else 0
+    checked, unjudged = found.count("S") + found.count("NS"), found.count(None)
+    numbers = {"supported": found.count("S"), "not_supported": found.count("NS"),
+               "irrelevant": found.count("IR"),
+               "pooled_precision": round(found.count("S") / checked, 4) if checked else None,
+               "kinds": ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())}
+    if field == "r":
+        numbers = {"unknown": found.count(0), "known": found.count(1)}
+    report(rows_in=len(todo), rows_out=len(todo) - failed, failed=failed,
+           **{"ratings" if field == "rating" else "facts": len(found)}, unjudged=unjudged,
+           **(numbers if field in ("label", "r") else {}), **spent)
+    return 1 if unjudged or failed else 0
 
 
 if __name__ == "__main__":

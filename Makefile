@@ -42,8 +42,10 @@ test: world
 chaos: world
 	NANOFACT_CHAOS=1 $(PY) -m pytest -q tests/test_train.py -k test_kill
 
-# 05 side by side with TRL, which goes into runs/bench and nowhere else; 20 minutes, nothing beside it
+# 05 side by side with TRL, which goes into runs/bench and nowhere else; sampling, calls and search
+# beside what they replace; 40 minutes, nothing beside it
 bench: world
 	$(PY) tests/bench_train.py
+	$(PY) tests/bench_stages.py
 
 .PHONY: world demo test chaos bench

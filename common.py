@@ -11,13 +11,19 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Flags that say where or how fast, never what. All others are content: a resumed run repeats them.
-NOT_CONTENT = {"inp", "out", "corpus", "limit", "overwrite", "retry_null", "device"}
+NOT_CONTENT = {"inp", "out", "corpus", "limit", "overwrite", "retry_null", "device", "base_url",
+               "concurrency", "cache", "dry_run", "price_in", "price_out", "answers",
+               "questions_out"}
 STARTED = time.time()
 
 
@@ -27,11 +33,11 @@ def die(message):
     sys.exit(2)
 
 
-def arguments(docstring, inp="--in"):
+def arguments(docstring, inp="--in", required=True):
     """An ArgumentParser that shows the stage's header, with the flags that all stages share."""
     p = argparse.ArgumentParser(description=docstring,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(inp, dest="inp", required=True, metavar="FILE", help="JSONL to read")
+    p.add_argument(inp, dest="inp", required=required, metavar="FILE", help="JSONL to read")
     p.add_argument("--out", required=True, metavar="FILE", help="what to write, or resume")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random here")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
@@ -45,7 +51,10 @@ def run(main):
         sys.exit(main())
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: calls under way are not waited for
+    except PermissionError as error:
+        die(error)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,6 +108,7 @@ def dumps(row):
 
 def write_whole(path, text):
     """Write a file that must never be seen half written: aside, then renamed."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.tmp").write_text(text, encoding="utf-8", newline="\n")
     os.replace(f"{path}.tmp", path)
 
@@ -118,7 +128,7 @@ def same_run(out, args, rows):
         old = json.loads(memo.read_text(encoding="utf-8"))
         was = old["flags"]
         if getattr(args, "retry_null", False):  # it is for a corpus that has grown since
-            was["corpus_sha256"] = flags["corpus_sha256"]
+            was |= {k: flags[k] for k in ("corpus_sha256", "answers_sha256") if k in flags}
         changed = [f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
                    for k in sorted(flags | was) if was.get(k) != flags.get(k)]
         if changed:
@@ -138,13 +148,9 @@ def lock(f, out):
         die(f"{out}: another process is writing it")
 
 
-def _whole_lines(f):
-    """Rows already in an output opened "a+b"; cuts off what a kill left behind the last newline."""
-    f.seek(0)
-    data = f.read()
-    end = data.rfind(b"\n") + 1
-    f.truncate(end)
-    return [json.loads(line) for line in data[:end].splitlines()]
+def _whole_lines(data):
+    """Rows of an output's bytes, without what a kill left behind the last newline."""
+    return [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
 
 
 @contextmanager
@@ -160,20 +166,26 @@ def output(args, rows, again=lambda row: False):
         die(f"{out}: expected --out to be another file than the inputs, found one of them")
     if args.limit is not None and args.limit < 1:
         die(f"expected --limit of at least 1, found {args.limit}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     memo, text = same_run(out, args, rows)
+    if getattr(args, "dry_run", False):
+        there = [] if args.overwrite or not out.exists() else _whole_lines(out.read_bytes())
+        yield {row["id"]: row for row in there if not again(row)}, lambda row: 0, lambda *row: 0
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
     failed = Path(f"{out}.failed")
     with open(out, "a+b") as f:
         lock(f, out)
         if args.overwrite:
             f.truncate(0)
         write_whole(memo, text)
-        there = _whole_lines(f)
-        done = {row["id"]: row for row in there if not again(row)}
+        f.seek(0)
+        data = f.read()
+        done = {row["id"]: row for row in _whole_lines(data) if not again(row)}
         failed.unlink(missing_ok=True)
-        if len(done) < len(there):  # killed in here, the rest is merely judged again
+        kept = "".join(dumps(row) + "\n" for row in done.values()).encode()
+        if kept != data:  # killed in here, the rest is merely made again
             f.truncate(0)
-            f.write("".join(dumps(row) + "\n" for row in done.values()).encode())
+            f.write(kept)
 
         def write(row):
             f.write(dumps(row).encode() + b"\n")
@@ -200,6 +212,151 @@ def report(**numbers):
 
 
 # ---------------------------------------------------------------------------------------------
+# Chat with any OpenAI-compatible server: a good reply is paid once, a failed call is never a reply
+
+TRIES = 3  # where a reply is not what was asked for
+# Markers of turns in the usual chat templates: a server would obey them, whoever wrote them
+MARKUP = re.compile(r"<(?=[|\uff5c]|/?s>|</?SYS>|(?:start|end)_of_turn>|[be]os>)|\[(?=/?INST\]|\|)")
+REFUSED = re.compile(r"(?i)\bnot\b|\bonly\b|unsupported|un(?:known|expected|recogni)|invalid|extra")
+
+
+def chat_arguments(p):
+    p.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server: vLLM, Ollama, "
+                   "llama.cpp, ...; its key, if it wants one, stands in OPENAI_API_KEY")
+    p.add_argument("--cache", default="data/replies.sqlite", metavar="FILE",
+                   help="good replies, kept by all that they depend on; '' keeps none")
+    p.add_argument("--dry-run", action="store_true", help="send and write nothing; count calls, "
+                   "tokens (of four characters) and money")
+    p.add_argument("--price-in", type=float, default=0.0, help="of a million prompt tokens")
+    p.add_argument("--price-out", type=float, default=0.0, help="of a million reply tokens")
+
+
+def template(name, **fields):
+    """data/prompts/NAME.txt with its fields, if any, filled in: one user turn. Square brackets in a
+    field become round: verdicts stand in square ones, and no statement may hold its own verdict."""
+    text = (Path(__file__).parent / f"data/prompts/{name}.txt").read_text(encoding="utf-8")
+    fields = {k: v.replace("[", "(").replace("]", ")") for k, v in fields.items()}
+    return [{"role": "user", "content": text.format(**fields) if fields else text}]
+
+
+def chat(args):
+    """(ask, spent): ask(messages, parse, stand_in, **params), from any thread, makes a call and
+    returns parse({"text", "finish": "stop" or "length", "thought"}).
+
+    parse     gives None for a reply that is not what was asked for; after `tries` of these, so
+              does ask. No such reply is kept
+    stand_in  a reply as it may be: with --dry-run the stage goes on as if it had come
+    spent     calls, tokens and money so far, for report()
+    Raises ConnectionError when a call failed, PermissionError when all would: run() exits 2 then.
+    """
+    import openai
+    base = args.base_url or os.environ.get("OPENAI_BASE_URL")
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or (base or args.dry_run) and "EMPTY"
+    if not args.model or not key or not re.match("https?://.", base or "https://default"):
+        die("expected --model, and --base-url (http://...) or a key in OPENAI_API_KEY, found other")
+    client = openai.OpenAI(base_url=base, api_key=key, max_retries=5, timeout=300)
+    spent, refused, locks, guard = Counter(), {}, {}, threading.Lock()
+    kept = args.cache if args.cache and not args.dry_run or os.path.isfile(args.cache) else None
+    try:
+        db = sqlite3.connect(kept or ":memory:", 60, check_same_thread=False, isolation_level=None)
+        with suppress(sqlite3.OperationalError):  # another process is just doing it
+            db.execute("PRAGMA journal_mode=WAL")
+        db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT)")
+    except sqlite3.Error as error:
+        die(f"--cache {kept}: expected a SQLite file that can be written, found: {error}")
+
+    def table(sql, *values):
+        with guard:  # a read under way would keep a write of this connection from waiting its turn
+            return db.execute(sql, values).fetchone()
+
+    def count(tokens_in=0, tokens_out=0, **numbers):
+        with guard:
+            spent.update(tokens_in=tokens_in, tokens_out=tokens_out, **numbers)
+            spent["cost"] += (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
+
+    def call(messages, params):
+        """A reply; None where something came that is none."""
+        sent = {refused.get(name, name): value for name, value in params.items()}
+        sent.pop(None, None)
+        extra = {name: sent.pop(name) for name in {"top_k"} & sent.keys()}  # vLLM's, not OpenAI's
+        try:
+            got = client.chat.completions.create(model=args.model, messages=messages,
+                                                 extra_body=extra, **sent)
+            said, finish = got.choices[0].message, got.choices[0].finish_reason
+            text = (said.content or "").encode("utf-8", "replace").decode()  # no half characters
+            thought = getattr(said, "reasoning", None) or getattr(said, "reasoning_content", None)
+            count(got.usage.prompt_tokens if got.usage else 0,
+                  got.usage.completion_tokens if got.usage else 0, calls=1)
+            return {"text": text, "finish": finish, "thought": thought}
+        except (AttributeError, TypeError, IndexError, ValueError, RecursionError):
+            return None
+        except openai.APIError as error:
+            status = getattr(error, "status_code", None)
+            body = error.body if isinstance(error.body, dict) else {}
+            told = str(body.get("message") or body.get("detail") or error)
+            shown = " ".join(f"{status or ''} {told}".split()).replace(key, "***")[:300]
+            for message in messages:  # a prompt that is quoted refuses nothing
+                told = told.replace(message["content"], "")
+            names = [name for name in {**sent, **extra} if name in params and REFUSED.search(told)
+                     and (name == error.param or re.search(rf"\b{name}\b", told))]
+            if status in (400, 422) and names:
+                name = error.param if error.param in names else names[0]
+                with guard:
+                    if name not in refused:
+                        print(f"{args.model} takes no {name}: {shown}", file=sys.stderr)
+                    refused[name] = "max_completion_tokens" if name == "max_tokens" else None
+                return call(messages, params)
+            if status in (401, 403, 404):
+                raise PermissionError(f"{re.sub('//.*@', '//', str(base))}: {shown}")
+            raise ConnectionError(shown) from None
+
+    def ask(messages, parse, stand_in="", tries=TRIES, **params):
+        messages = [{**m, "content": MARKUP.sub(r"\g<0> ", m["content"])} for m in messages]
+        about = [base, args.model, messages, sorted(params.items())]
+        name = hashlib.sha256(dumps(about).encode()).hexdigest()
+        with guard:
+            asked_before, mine = name in locks, locks.setdefault(name, threading.Lock())
+        with mine:  # the same question at the same time is one call
+            found = table("SELECT reply FROM replies WHERE key = ?", name)
+            value = parse(json.loads(found[0])) if found else None
+            if value is not None:
+                count(from_cache=1)
+                return value
+            if args.dry_run:
+                size = sum(len(message["content"]) for message in messages) // 4
+                count(**({"from_cache": 1} if asked_before else
+                         {"tokens_in": size, "tokens_out": params["max_tokens"], "calls": 1}))
+                return parse({"text": stand_in, "finish": "stop", "thought": None})
+            missed = 0
+            for _ in range(TRIES):
+                again = {"seed": params["seed"] + missed, "temperature": 0.7} if missed else {}
+                reply = call(messages, params | again)
+                value = parse(reply) if reply else None
+                if value is not None:
+                    table("INSERT OR REPLACE INTO replies VALUES (?, ?)", name, dumps(reply))
+                    return value
+                if reply:
+                    missed += 1
+                    count(not_as_asked=1)
+                if missed == tries:
+                    return None
+        if reply is None:
+            raise ConnectionError("expected a chat completion, found something else")
+
+    return ask, spent
+
+
+@contextmanager
+def workers(n):
+    """n threads; after an error or Ctrl-C, what has not begun never does."""
+    pool = ThreadPoolExecutor(n)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------
 # Models and chat: 01 samples, 05 trains and 06 compares on exactly these tokens
 
 def as_messages(prompt):
@@ -207,22 +364,20 @@ def as_messages(prompt):
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def load_model(name, adapter=None, dtype="bfloat16", device=None):
+def load_model(name, adapter=None, dtype="bfloat16", device=None, kind="AutoModelForCausalLM"):
     """(model in eval mode, tokenizer, device) of a folder or hub name; adapter: a PEFT folder."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
     from transformers.utils import logging
     logging.disable_progress_bar()
     if re.match(r"[./~]|data/|runs/", name) and not Path(name).expanduser().is_dir():
         die(f"{name}: no such model folder; `python data/prepare.py` makes data/world/model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = getattr(transformers, kind).from_pretrained(name, dtype=getattr(torch, dtype))
     if adapter:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, adapter)
-    if tokenizer.chat_template is None:
-        die(f"{name}: its tokenizer has no chat template; give a chat model")
     return model.to(device).eval(), tokenizer, device
 
 
@@ -235,6 +390,9 @@ def prompt_ids(tokenizer, messages, prefix=""):
                 text = text.replace(token.content, token.content[0] + " " + token.content[1:])
         return text
 
+    if tokenizer.chat_template is None:
+        die(f"{tokenizer.name_or_path}: its tokenizer has no chat template. Give a chat model "
+            "(01_generate.py --few-shot can sample from a base model)")
     clean = [{**m, "content": plain(m["content"])} for m in messages]
     text = tokenizer.apply_chat_template(clean, tokenize=False, add_generation_prompt=True)
     return tokenizer(text + plain(prefix), add_special_tokens=False)["input_ids"]

