@@ -1,8 +1,8 @@
 """
 Stage 1. Sample n responses for every prompt, from a local model or any OpenAI-compatible server.
 
-Reads   prompts.jsonl   {"id", "topic", "prompt": str or [messages], ...}; a "prefix" continues the
-                        assistant's text instead of starting it (FactTune's entity variant)
+Reads   prompts.jsonl   {"prompt": str or [messages], "id"?, "topic"? (else the prompt)}; a "prefix"
+                        continues the assistant's text (FactTune's entity variant)
 Writes  samples.jsonl   the prompt's row n times, and what was said:
   {"topic": "Albania", "prompt": "In three sentences, ...", "id": "albania-geo/3",
    "prompt_id": "albania-geo", "response": "Albania is a country in ...", "finish": "stop",
@@ -111,11 +111,15 @@ def read_prompts(args):
     """The rows to ask about: --prompts, or a row {"id", "topic"} for each line of --topics."""
     if args.topics:
         path = args.inp = Path(args.topics)
-        lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+        if not path.is_file():
+            die(f"{path}: no such file; it holds a topic a line")
+        lines = path.read_text("utf-8", "replace").splitlines()
         rows = [{"id": f"{path.stem}-{n}", "topic": line.strip()}
                 for n, line in enumerate(lines, 1) if line.strip()]
     else:
         rows = read_jsonl(args.inp, {"prompt": (str, list)}, parts=wrong_parts)
+        for row in rows:
+            row.setdefault("topic", as_messages(row["prompt"])[-1]["content"])
     for row in rows if args.postamble else ():
         *before, last = as_messages(row["prompt"])
         row["prompt"] = [*before, {**last, "content": f"{last['content']} {args.postamble}"}]
@@ -162,6 +166,8 @@ def name_of(args, row, k):
 
 def row_of(args, row, k, reply):
     """The row to write for a reply {"text", "finish", "thought"}; None where it is not usable."""
+    if reply["finish"] != "stop" and (reply["finish"] != "length" or args.topics or args.classify):
+        return None  # cut, or a filter's work
     thought = re.match(r"(?:\s*<think>)?(.*?)</think>\s*|\s*<think>(.*)", reply["text"], re.DOTALL)
     said = reply["text"][thought.end() if thought else 0:]
     if args.classify:
@@ -171,8 +177,6 @@ def row_of(args, row, k, reply):
         found = re.fullmatch(r"\s*Subject: *(\S.*?)\s*\n\s*Prompt: *(\S.*?)\s*", said)
         return found and {"id": name_of(args, row, k), "topic": found[1], "prompt": found[2],
                           "fact_based": True, "domain": row["topic"]}
-    if reply["finish"] not in ("stop", "length"):  # a filter's work, say
-        return None
     thought = (reply["thought"] or thought and (thought[1] or thought[2]) or "").strip()
     settings = {key: getattr(args, key) for key in ("model", "adapter", "temperature", "top_p",
                                                     "top_k", "max_new_tokens", "seed")}
@@ -193,12 +197,22 @@ def next_tokens(logits, temperature, top_p, top_k, generator):
         floor = scaled.topk(top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < floor, float("-inf"))
     probs = scaled.softmax(-1)
-    if top_p < 1:
-        ordered, where = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, where, ordered)
+    probs = nucleus(probs, top_p) if top_p < 1 else probs
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def nucleus(probs, top_p, width=1024):
+    """probs (B, V) with 0 for all but the likeliest tokens that reach top_p together; of equals at
+    the edge the first stay. Sorting all of V costs as much as a small model, and few are wider."""
+    ordered = probs.topk(min(width, probs.shape[-1])).values
+    inside = ordered.cumsum(-1) - ordered < top_p  # mass of the likelier tokens: 0 for the first
+    edge = ordered.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    ties, room = probs == edge, (inside & (ordered == edge)).sum(-1, keepdim=True)
+    kept = probs.where((probs > edge) | ties & (ties.cumsum(-1) <= room), 0.0)
+    wide = ordered.sum(-1) < top_p
+    if width < probs.shape[-1] and wide.any():
+        kept[wide] = nucleus(probs[wide], top_p, probs.shape[-1])
+    return kept
 
 
 def sample_batch(model, prompts, n, sampling, max_new_tokens, stop_ids, pad_id, seed):
@@ -322,7 +336,7 @@ def main():
     rows = read_prompts(args)
     demos = args.few_shot and read_jsonl(args.few_shot, {"prompt": (str, list), "response": str},
                                          parts=wrong_parts)
-    args.few_shot = demos and digest(demos)  # the same demonstrations, wherever they lie
+    args.few_shot_sha256 = demos and digest(demos)
     turns = nearest_demos(demos) if demos else None
     if args.topics or args.classify:
         args.prompts_sha256 = digest(template("topics" if args.topics else "classify"))

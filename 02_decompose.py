@@ -50,8 +50,9 @@ def parse_args():
     p.add_argument("--concurrency", type=int, default=16, help="calls at the same time")
     chat_arguments(p)
     args = p.parse_args()
-    if args.concurrency < 1 or (args.method == "rules" and (args.model or args.relevance)):
-        die("expected --concurrency of 1 or more, --model and --relevance with --method llm only")
+    asks = args.model or args.base_url or args.relevance
+    if args.concurrency < 1 or (args.method == "rules" and asks):
+        die("expected --concurrency of 1 or more; --model, --base-url, --relevance for llm only")
     if os.path.realpath(args.questions_out or "") in map(os.path.realpath, (args.inp, args.out)):
         die(f"{args.questions_out}: expected --questions-out to be a file of its own")
     return args
@@ -127,7 +128,7 @@ def llm_facts(ask, args, row, sentence, end):
     def put(name, parse, facts=(), *how):
         def read(reply):  # reasoning says nothing; nor does a reply that was cut
             text = reply["text"].rpartition("</think>")[2]
-            return None if reply["finish"] == "length" or "<think>" in text else parse(text, *how)
+            return None if reply["finish"] != "stop" or "<think>" in text else parse(text, *how)
 
         lines = "\n".join(f"{i}. {text}" for i, text in enumerate(facts, 1))
         prompt = template(name, sentence=sentence, topic=topic, text=said, fact="".join(facts),

@@ -78,6 +78,10 @@ def parse_args():
         die("--top, --steps, --max-tokens and --concurrency must be at least 1")
     if (args.method in ("confidence", "answers")) != bool(args.answers):
         die("expected --answers with --method confidence and answers, and only there")
+    judge = args.judge if args.method == "answers" else args.method
+    if args.base_url and judge not in ("llm", "rate") or args.model and judge in (
+            "lexical", "confidence"):
+        die(f"expected --base-url and --model with another --method (--judge) than {judge}")
     return args
 
 
@@ -102,25 +106,27 @@ def line_of(passage):
 
 
 def searched(c, query, top):
-    return [{**p, "found": "search"} for p in corpus.search(c, query, top)]
+    return [{**passage, "found": "search"} for passage in corpus.search(c, query, top)]
 
 
 def open_page(topic, claim, c, open_search):
-    """What a claim about a topic is judged by: {"passages", "index", "facts"}, or None."""
+    """{"passages", "index"} of the topic's page; else with open_search of what a search for the
+    claim finds; else None."""
+    if topic in c["open"]:
+        return c["open"][topic]
     title, how = corpus.find_page(c, topic)
     if title is None and not open_search:
         return None
-    key = topic if title else (topic, claim)
-    if key not in c["open"]:
-        passages = [{**p, "found": how} for p in corpus.passages_of(c, title)] if title else (
-            searched(c, claim, 20))
-        c["open"][key] = {"passages": passages, "index": bm25_index(passages or [{"text": ""}]),
-                          "facts": rules.read_page(passages, topic, c["titles"])}
-    return c["open"][key]
+    passages = searched(c, claim, 20) if title is None else [
+        {**passage, "found": how} for passage in corpus.passages_of(c, title)]
+    page = {"passages": passages, "index": bm25_index(passages or [{"text": ""}])}
+    if title is not None:
+        c["open"][topic] = page
+    return page
 
 
 # ---------------------------------------------------------------------------------------------
-# Verdicts: each judge makes {"label", "evidence", ...} of a claim about a topic
+# Verdicts: each judge makes {"label", "evidence", ...} of a claim, its topic and a page
 
 def kind_of(claim, topic):
     """border, direction, capital, membership, number, region, place, vague or other: one each."""
@@ -143,10 +149,9 @@ def kind_of(claim, topic):
     return "vague" if not c["names"] and len(vague) * 2 >= len(c["content"]) else "other"
 
 
-def lexical(claim, topic, c, args, _):
-    page = open_page(topic, claim, c, args.open_search)
-    if page is None:
-        return {"label": None, "evidence": []}
+def lexical(claim, topic, page, c, args, _):
+    if "facts" not in page:
+        page["facts"] = rules.read_page(page["passages"], topic, c["titles"])
     label, carriers = rules.check(claim, page["facts"])
     shown = carriers or rank_passages(claim, page["passages"], page["index"], args.top)
     return {"label": label, "evidence": shown[:args.top]}
@@ -185,10 +190,7 @@ def load_nli(args):
     return supported
 
 
-def nli(claim, topic, c, args, supported):
-    page = open_page(topic, claim, c, args.open_search)
-    if page is None:
-        return {"label": None, "evidence": []}
+def nli(claim, topic, page, c, args, supported):
     found = pieces(page["passages"])
     if not found:
         return {"label": "NS", "score": 0.0, "evidence": []}
@@ -206,16 +208,14 @@ def last_line(reply, pattern):
 
 
 def verdict(reply):
-    found = last_line(reply, r"(?i)(?:[\w ]{0,20}:)?\W*\[(supported|not supported)\]\W*")
+    found = last_line(reply, r"(?i)\W*(?:(?:final )?(?:verdict|answer|judge?ment)\W*:)?"
+                             r"\W*\[(supported|not supported)\]\W*")
     return found and {"supported": "S", "not supported": "NS"}[found[1].lower()]
 
 
-def llm(claim, topic, c, args, ask):
+def llm(claim, topic, page, c, args, ask):
     """FactAlign's search and verdict (section 3.2): a query sees what those before it have found.
     A query that comes again finds nothing new and ends the search."""
-    page = None if args.open_search else open_page(topic, claim, c, False)
-    if page is None and not args.open_search:
-        return {"label": None, "evidence": []}
     params = {"temperature": 0.0, "max_tokens": args.max_tokens, "seed": args.seed}
     evidence, queries = [], []
 
@@ -224,7 +224,7 @@ def llm(claim, topic, c, args, ask):
 
     while len(queries) < args.steps:
         query = ask(template("query", topic=topic, statement=claim, evidence=shown()),
-                    lambda reply: last_line(reply, r"(?i)query: *(.*\w.*)"), f"Query: {claim}",
+                    lambda reply: last_line(reply, r"(?i)\W*query:\W*(\w.*)"), f"Query: {claim}",
                     **params)
         query = query[1] if query else claim  # an answer without a query: the claim is one
         if query in queries:
@@ -245,7 +245,7 @@ def rating(row, args, ask):
         return 5.0 if re.search(row["check"], row["response"].strip()) else 1.0
     asked = template("rate", prompt=as_messages(row["prompt"])[-1]["content"],
                      response=row["response"])
-    marks = [ask(asked, lambda reply: last_line(reply, r"(?i)\W*rating: *\[([1-5])\]\W*"),
+    marks = [ask(asked, lambda reply: last_line(reply, r"(?i)\W*rating:\W*\[([1-5])\]\W*"),
                  "Rating: [3]", temperature=0.7, max_tokens=args.max_tokens, seed=seed)
              for seed in range(args.seed, args.seed + 30, 10)]  # and a retry takes the next
     return None if None in marks else round(sum(int(mark[1]) for mark in marks) / 3, 4)
@@ -325,15 +325,16 @@ def wrong_parts(row):
     for sentence in row["sentences"]:
         facts = sentence.get("facts") if isinstance(sentence, dict) else None
         if not isinstance(facts, list) or not all(
-                isinstance(fact, dict) and isinstance(fact.get("text"), str) for fact in facts):
-            return "'sentences' as [{'facts': [{'text': ...}]}]"
+                isinstance(fact, dict) and isinstance(fact.get("text"), str)
+                and isinstance(question_of(fact) or "", str) for fact in facts):
+            return "'sentences' as [{'facts': [{'text': ..., 'question'?: ...}]}]"
 
 
 def wrong_rate(row):
     """What was expected of a prompt without text, or of a check that is no regex."""
     try:
         re.compile(row.get("check", "") + as_messages(row["prompt"])[-1]["content"][:0])
-    except (re.error, LookupError, TypeError):
+    except (re.error, OverflowError, LookupError, TypeError):
         return "'prompt' as text or messages {role, content}, and 'check' as a regex"
 
 
@@ -350,8 +351,8 @@ def sampled_answers(args):
 
 def verify(row, args, answers, result):
     """The row with what was found out about its facts, or about it. result(*key) is what judge()
-    says of (claim, topic), or of the row's id. Called twice: to hand out the work, to collect it.
-    """
+    says of (claim, topic), or of the row's id. Called twice: once so that result hears of all the
+    work (what comes back is thrown away), once to collect it."""
     topic = row.get("topic")
 
     def fields(fact):
@@ -383,7 +384,11 @@ def judge_of(args, rows, c, ask):
     tool = load_nli(args) if name == "nli" else ask
 
     def judge(claim, topic):
-        found = how(claim, topic, c, args, tool)
+        wide = name == "llm" and args.open_search
+        page = None if wide else open_page(topic, claim, c, args.open_search)
+        found = {"label": None, "evidence": []}
+        if page or wide:
+            found = how(claim, topic, page, c, args, tool)
         return {"label": found.pop("label"), "kind": kind_of(claim, topic), **found}
     return judge
 

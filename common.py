@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Flags that say where or how fast, never what. All others are content: a resumed run repeats them.
-NOT_CONTENT = {"inp", "out", "corpus", "limit", "overwrite", "retry_null", "device", "base_url",
-               "concurrency", "cache", "dry_run", "price_in", "price_out", "answers",
-               "questions_out"}
+INPUTS = ("inp", "corpus", "answers", "few_shot")
+NOT_CONTENT = {*INPUTS, "out", "questions_out", "limit", "overwrite", "retry_null", "device",
+               "base_url", "concurrency", "cache", "dry_run", "price_in", "price_out"}
 STARTED = time.time()
 
 
@@ -161,7 +161,7 @@ def output(args, rows, again=lambda row: False):
     write   write(row) appends one whole line, at once
     fail    fail(row, reason) sets a row aside in OUT.failed, which is rewritten each run
     """
-    out, inputs = Path(args.out), (args.inp, getattr(args, "corpus", args.inp))
+    out, inputs = Path(args.out), filter(None, (getattr(args, name, None) for name in INPUTS))
     if out.resolve() in [Path(name).resolve() for name in inputs]:
         die(f"{out}: expected --out to be another file than the inputs, found one of them")
     if args.limit is not None and args.limit < 1:
@@ -217,6 +217,7 @@ def report(**numbers):
 TRIES = 3  # where a reply is not what was asked for
 # Markers of turns in the usual chat templates: a server would obey them, whoever wrote them
 MARKUP = re.compile(r"<(?=[|\uff5c]|/?s>|</?SYS>|(?:start|end)_of_turn>|[be]os>)|\[(?=/?INST\]|\|)")
+VERDICT = re.compile(r"(?i)\[((?:not )?supported|(?:ir)?relevant|[1-5])\]")
 REFUSED = re.compile(r"(?i)\bnot\b|\bonly\b|unsupported|un(?:known|expected|recogni)|invalid|extra")
 
 
@@ -232,16 +233,16 @@ def chat_arguments(p):
 
 
 def template(name, **fields):
-    """data/prompts/NAME.txt with its fields, if any, filled in: one user turn. Square brackets in a
-    field become round: verdicts stand in square ones, and no statement may hold its own verdict."""
+    """data/prompts/NAME.txt with its fields, if any, filled in: one user turn. A verdict in a field
+    loses its square brackets: no statement may hold its own verdict."""
     text = (Path(__file__).parent / f"data/prompts/{name}.txt").read_text(encoding="utf-8")
-    fields = {k: v.replace("[", "(").replace("]", ")") for k, v in fields.items()}
+    fields = {key: VERDICT.sub(r"(\1)", value) for key, value in fields.items()}
     return [{"role": "user", "content": text.format(**fields) if fields else text}]
 
 
 def chat(args):
-    """(ask, spent): ask(messages, parse, stand_in, **params), from any thread, makes a call and
-    returns parse({"text", "finish": "stop" or "length", "thought"}).
+    """(ask, spent): ask(messages, parse, stand_in, tries, **params), from any thread, makes a call
+    and returns parse({"text", "finish": "stop", "length" or another, "thought"}).
 
     parse     gives None for a reply that is not what was asked for; after `tries` of these, so
               does ask. No such reply is kept
@@ -278,15 +279,15 @@ def chat(args):
         """A reply; None where something came that is none."""
         sent = {refused.get(name, name): value for name, value in params.items()}
         sent.pop(None, None)
-        extra = {name: sent.pop(name) for name in {"top_k"} & sent.keys()}  # vLLM's, not OpenAI's
         try:
             got = client.chat.completions.create(model=args.model, messages=messages,
-                                                 extra_body=extra, **sent)
+                                                 extra_body=sent)
             said, finish = got.choices[0].message, got.choices[0].finish_reason
-            text = (said.content or "").encode("utf-8", "replace").decode()  # no half characters
             thought = getattr(said, "reasoning", None) or getattr(said, "reasoning_content", None)
-            count(got.usage.prompt_tokens if got.usage else 0,
-                  got.usage.completion_tokens if got.usage else 0, calls=1)
+            text, thought = ((part or "").encode("utf-8", "replace").decode()  # no half characters
+                             for part in (said.content, thought))
+            count(getattr(got.usage, "prompt_tokens", 0) or 0,
+                  getattr(got.usage, "completion_tokens", 0) or 0, calls=1)
             return {"text": text, "finish": finish, "thought": thought}
         except (AttributeError, TypeError, IndexError, ValueError, RecursionError):
             return None
@@ -295,9 +296,10 @@ def chat(args):
             body = error.body if isinstance(error.body, dict) else {}
             told = str(body.get("message") or body.get("detail") or error)
             shown = " ".join(f"{status or ''} {told}".split()).replace(key, "***")[:300]
-            for message in messages:  # a prompt that is quoted refuses nothing
-                told = told.replace(message["content"], "")
-            names = [name for name in {**sent, **extra} if name in params and REFUSED.search(told)
+            for text in [message["content"] for message in messages]:
+                for quoted in (text, dumps(text)[1:-1], repr(text)[1:-1]):
+                    told = told.replace(quoted, "")  # what a prompt says refuses nothing
+            names = [name for name in sent if name in params and REFUSED.search(told)
                      and (name == error.param or re.search(rf"\b{name}\b", told))]
             if status in (400, 422) and names:
                 name = error.param if error.param in names else names[0]
@@ -306,7 +308,7 @@ def chat(args):
                         print(f"{args.model} takes no {name}: {shown}", file=sys.stderr)
                     refused[name] = "max_completion_tokens" if name == "max_tokens" else None
                 return call(messages, params)
-            if status in (401, 403, 404):
+            if status in (401, 403, 404) and not spent["calls"]:  # not for what one row says
                 raise PermissionError(f"{re.sub('//.*@', '//', str(base))}: {shown}")
             raise ConnectionError(shown) from None
 
@@ -329,8 +331,9 @@ def chat(args):
                 return parse({"text": stand_in, "finish": "stop", "thought": None})
             missed = 0
             for _ in range(TRIES):
-                again = {"seed": params["seed"] + missed, "temperature": 0.7} if missed else {}
-                reply = call(messages, params | again)
+                again = {"seed": params["seed"] + missed,
+                         "temperature": max(0.7, params["temperature"])}
+                reply = call(messages, params | again if missed else params)
                 value = parse(reply) if reply else None
                 if value is not None:
                     table("INSERT OR REPLACE INTO replies VALUES (?, ?)", name, dumps(reply))
@@ -373,11 +376,14 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None, kind="AutoMode
     if re.match(r"[./~]|data/|runs/", name) and not Path(name).expanduser().is_dir():
         die(f"{name}: no such model folder; `python data/prepare.py` makes data/world/model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model = getattr(transformers, kind).from_pretrained(name, dtype=getattr(torch, dtype))
-    if adapter:
-        from peft import PeftModel
-        model = PeftModel.from_pretrained(model, adapter)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = getattr(transformers, kind).from_pretrained(name, dtype=getattr(torch, dtype))
+        if adapter:
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError) as error:
+        die(f"{name}: expected a model (and adapter), found: {' '.join(str(error).split()):.300}")
     return model.to(device).eval(), tokenizer, device
 
 

@@ -53,7 +53,9 @@ def open_corpus(path):
         except sqlite3.Error as error:
             die(f"{path}: expected SQLite with a table documents(title, text), found: {error}")
         return c
-    rows = read_jsonl(path, {"title": str, "text": str}, made_by="data/prepare.py", unique=False)
+    rows = read_jsonl(path, {"title": str, "text": str}, made_by="data/prepare.py", unique=False,
+                      parts=lambda p: None if isinstance(p.get("field", ""), str) else
+                      "'field' as text")
     c["passages"] = [{k: p[k] for k in ("title", "field", "text") if k in p} for p in rows]
     c["pages"] = {}
     for passage in c["passages"]:

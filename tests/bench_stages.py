@@ -59,11 +59,11 @@ def sampling():
     model, tokenizer, _ = load_model(MODEL, device="cpu")
     rows = read_rows(ROOT / "data" / "prompts_train.jsonl")[:16]
     prompts = [prompt_ids(tokenizer, as_messages(row["prompt"])) for row in rows]
-    # Twenty short answers to each of 8 questions after five demonstrations, as FactTune-MC asks
+    # Twenty short answers to each of 4 questions after five demonstrations, as FactTune-MC asks
     demos = read_rows(ROOT / "data" / "demonstrations.jsonl")
     turns = generate.nearest_demos(demos)
     questions = [as_messages(f"What is the capital of {row['topic']}? Answer in a few words.")
-                 for row in rows[::2]]
+                 for row in rows[::4]]
     asked = [prompt_ids(tokenizer, [*turns(question), *question]) for question in questions]
     words = sum(map(len, asked)) // len(asked)
     say = (model, tokenizer)
@@ -78,7 +78,7 @@ def sampling():
     side_by_side("64 responses in a batch; generate one at a time", *say, same_batch, one_at_a_time)
     side_by_side("the same 64 in a batch of both", *say, same_batch,
                  lambda: theirs(*say, prompts, 4, 192))
-    side_by_side(f"20 answers of 15 tokens to each of 8 questions, prompts of {words} tokens", *say,
+    side_by_side(f"20 answers of 15 tokens to each of 4 questions, prompts of {words} tokens", *say,
                  lambda: ours(*say, asked, 20, 15), lambda: theirs(*say, asked, 20, 15))
 
 

@@ -380,7 +380,8 @@ def test_few_shot_on_a_server(postamble, running, tmp_path):
                  for role, part in (("user", "prompt"), ("assistant", "response"))]
         assert [(m["role"], m["content"]) for m in seen[asked]] == [*turns, ("user", asked)]
         assert as_messages(row["prompt"]) == as_messages(asked)  # the prompt alone
-        assert set(row) == {"id", "prompt", "prompt_id", "finish", "response", "gen"}
+        assert set(row) == {"id", "prompt", "topic", "prompt_id", "finish", "response", "gen"}
+        assert row["topic"] == text  # none was given
 
 
 SAYS = [(" One fact.\n\nInstruction: Two\nAnswer:", "length"), (" One fact.", "length"),
@@ -483,7 +484,7 @@ def test_topics_become_prompts(running, tmp_path):
     assert 1 <= repeated <= 5 and block["repeated_prompts"] == str(repeated)
     assert block["rows_out"] == str(len(rows)) and block["failed"] == "0"
     for row in rows:
-        topic = {"1": "Sea (deep)", "3": "same", "4": "Moai"}[row["id"].split("-")[1]]
+        topic = {"1": "Sea [deep]", "3": "same", "4": "Moai"}[row["id"].split("-")[1]]
         n = re.fullmatch(re.escape(topic) + " (0|[0-9a-f]{6})", row["topic"])[1]
         assert row["prompt"] == f"What is known of {topic} {n}?" and row["fact_based"] is True
     assert len({row["prompt"] for row in rows}) == len(rows)
@@ -537,8 +538,9 @@ def test_classify(running, tmp_path):
     assert (code, block["failed"], block["rows_out"]) == (1, "1", "3")
     assert [row["id"] for row in read_rows(tmp_path / "out.jsonl.failed")] == ["n"]
     assert read_rows(tmp_path / "out.jsonl") == [
-        {**SORTED[0], "fact_based": True}, {**SORTED[1], "id": "in-2", "fact_based": False},
-        {**SORTED[3], "fact_based": True}]
+        {**SORTED[0], "fact_based": True},
+        {**SORTED[1], "id": "in-2", "topic": "why not", "fact_based": False},
+        {**SORTED[3], "topic": "Why?", "fact_based": True}]
 
 
 def test_classify_with_a_local_model(tiny_model, tmp_path):

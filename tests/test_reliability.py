@@ -637,8 +637,9 @@ def test_topic_is_text_and_no_pattern(topic, tmp_path):
     assert found and all(topic in fact["text"] for fact in found)
     page = write_rows(tmp_path / "page.jsonl", [{"title": topic, "text": "It is a large country."}])
     corpus = {**verify.corpus.open_corpus(page), "open": {}}
-    args = SimpleNamespace(open_search=False, top=2)
-    assert verify.lexical(found[0]["text"], topic, corpus, args, None)["label"] in ("S", "NS", "IR")
+    read = verify.open_page(topic, "", corpus, False)
+    found = verify.lexical(found[0]["text"], topic, read, corpus, SimpleNamespace(top=2), None)
+    assert found["label"] in ("S", "NS", "IR")
 
 
 # ---------------------------------------------------------------------------------------------
