@@ -21,7 +21,7 @@ Writes  samples.jsonl   the prompt's row n times, and what was said:
 Local: sampling is written out below: temperature, then top-k, then top-p, then one draw. A prompt
 goes through the model once; its cache is repeated for the n responses, and finished responses leave
 the batch. Batches are cut from the whole plan and seeded by (seed, number of the batch), so a
-resumed file is the same file.
+resumed file is the same file (with the same --limit).
 Server: one call a response, each with its own seed, --batch at a time.
 
 Not as in the papers: FactTune samples at T 1.0 and FLAME at T 0.7; here the defaults are those of

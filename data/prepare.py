@@ -191,6 +191,8 @@ def build_model(wheel, folder):
     for flag in ("is_quantized", "quantization_method"):
         if hasattr(model, flag):
             setattr(model, flag, None)
+    # 01 says how to sample; `transformers serve` samples only where the model itself asks for it
+    model.generation_config.update(do_sample=True, top_k=0)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(gguf.parent)
