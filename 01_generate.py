@@ -114,6 +114,8 @@ def read_prompts(args):
         if not path.is_file():
             die(f"{path}: no such file; it holds a topic a line")
         lines = path.read_text("utf-8", "replace").splitlines()
+        if lines[:1] and lines[0].startswith("{"):
+            die(f"{path}:1: expected a topic a line, found JSON")
         rows = [{"id": f"{path.stem}-{n}", "topic": line.strip()}
                 for n, line in enumerate(lines, 1) if line.strip()]
     else:
@@ -342,7 +344,8 @@ def main():
         args.prompts_sha256 = digest(template("topics" if args.topics else "classify"))
     ask, counts = chat(args) if args.base_url else (None, Counter())
     if args.base_url and not args.classify and any(row.get("prefix") for row in rows):
-        die(f"{args.inp}: expected prompts without a prefix: a server cannot go on with a text")
+        die(f"{args.inp}: expected prompts without a prefix: a server cannot go on with a text (02 "
+            "--method llm --questions-out asks whole questions)")
     failed = repeated = cut = 0
     with output(args, rows) as (done, write, fail):
         rows = rows[:args.limit]

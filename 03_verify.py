@@ -38,6 +38,7 @@ A server:        python 03_verify.py --in runs/dev/facts.jsonl --out runs/dev/ju
 """
 import math
 import re
+import sys
 from collections import Counter
 
 import rules
@@ -330,12 +331,12 @@ def wrong_parts(row):
             return "'sentences' as [{'facts': [{'text': ..., 'question'?: ...}]}]"
 
 
-def wrong_rate(row):
-    """What was expected of a prompt without text, or of a check that is no regex."""
+def wrong_rate(row, model):
+    """What was expected of a prompt without text, or without a server, a check that is no regex."""
     try:
-        re.compile(row.get("check", "") + as_messages(row["prompt"])[-1]["content"][:0])
+        re.compile(as_messages(row["prompt"])[-1]["content"][:0] + ("" if model else row["check"]))
     except (re.error, OverflowError, LookupError, TypeError):
-        return "'prompt' as text or messages {role, content}, and 'check' as a regex"
+        return "'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
 
 
 def sampled_answers(args):
@@ -344,7 +345,7 @@ def sampled_answers(args):
     args.answers_sha256 = digest(rows)
     found = {}
     for row in rows:
-        if short_answer(row):
+        if question_of(row) and short_answer(row):
             found.setdefault((row["topic"], question_of(row)), []).append(short_answer(row))
     return found
 
@@ -397,11 +398,13 @@ def main():
     args = parse_args()
     needs = {"prompt": (str, list), "response": str} if args.method == "rate" else (
         {"sentences": list, "topic": str})
-    if args.method == "rate" and not args.model:
-        needs["check"] = str
-    rows = read_jsonl(args.inp, needs, made_by="02_decompose.py",
-                      parts=wrong_parts if "sentences" in needs else wrong_rate)
+    rows = read_jsonl(args.inp, needs, made_by="02_decompose.py", parts=wrong_parts
+                      if "sentences" in needs else lambda row: wrong_rate(row, args.model))
     answers = sampled_answers(args) if args.answers else None
+    if args.answers and not answers.keys() & {
+            (row["topic"], question_of(fact)) for row in rows for fact in facts_of(row)}:
+        die(f"{args.answers}: expected answers to what the facts of {args.inp} ask (by 02 "
+            "--questions-out, then 01), found none")
     c, args.corpus_sha256 = None, None
     if args.method not in ("rate", "confidence"):
         c = {**corpus.open_corpus(args.corpus), "open": {}}
@@ -450,12 +453,15 @@ def main():
     if missing:
         print(f"no page in {args.corpus} for: {', '.join(sorted(missing))}")
     checked, unjudged = found.count("S") + found.count("NS"), found.count(None)
+    if unjudged and not missing and not args.dry_run:
+        print(f"{unjudged} could not be judged: --retry-null tries again", file=sys.stderr)
     numbers = {"supported": found.count("S"), "not_supported": found.count("NS"),
                "irrelevant": found.count("IR"),
                "pooled_precision": round(found.count("S") / checked, 4) if checked else None,
                "kinds": ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())}
     if field == "r":
-        numbers = {"unknown": found.count(0), "known": found.count(1)}
+        numbers = {"unknown": found.count(0), "potentially": sum(0 < (r or 0) < 1 for r in found),
+                   "known": found.count(1)}
     report(rows_in=len(todo), rows_out=len(todo) - failed, failed=failed,
            **{"ratings" if field == "rating" else "facts": len(found)}, unjudged=unjudged,
            **(numbers if field in ("label", "r") else {}), **spent)

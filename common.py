@@ -192,10 +192,15 @@ def output(args, rows, again=lambda row: False):
             f.flush()
 
         def fail(row, reason):
+            reasons[str(reason)] += 1
             with open(failed, "a", encoding="utf-8", newline="\n") as g:
                 g.write(dumps({**row, "error": str(reason)}) + "\n")
 
+        reasons = Counter()
         yield done, write, fail
+    for reason, n in reasons.most_common(1):
+        print(f"{reasons.total()} rows are set aside in {failed}, {n} for: {reason}\n"
+              "The same command tries them again", file=sys.stderr)
 
 
 def progress(items, **kwargs):
@@ -205,7 +210,12 @@ def progress(items, **kwargs):
 
 
 def report(**numbers):
-    """The closing block of every stage, on stderr."""
+    """The closing block of every stage, on stderr; of --dry-run only what it would cost."""
+    if "sent" in numbers:
+        numbers = {key: numbers[key] for key in ("sent", "calls", "from_cache", "tokens_in",
+                                                 "tokens_out", "cost") if key in numbers}
+    if "cost" in numbers:
+        numbers["cost"] = f"{numbers['cost']:.6f}"
     print("---", file=sys.stderr)
     for key, value in {**numbers, "seconds": round(time.time() - STARTED, 1)}.items():
         print(f"{key + ':':<18}{value}", file=sys.stderr)
@@ -253,17 +263,24 @@ def chat(args):
     import openai
     base = args.base_url or os.environ.get("OPENAI_BASE_URL")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or (base or args.dry_run) and "EMPTY"
-    if not args.model or not key or not re.match("https?://.", base or "https://default"):
-        die("expected --model, and --base-url (http://...) or a key in OPENAI_API_KEY, found other")
+    if not args.model:
+        die("expected --model, what the server calls its model, found none")
+    if not key or not re.match("https?://.", base or "https://openai's own"):
+        die(f"expected --base-url http://.../v1, or a key in OPENAI_API_KEY, found {base}")
     client = openai.OpenAI(base_url=base, api_key=key, max_retries=5, timeout=300)
     spent, refused, locks, guard = Counter(), {}, {}, threading.Lock()
     kept = args.cache if args.cache and not args.dry_run or os.path.isfile(args.cache) else None
+    if args.dry_run:
+        spent["sent"] = 0
     try:
+        Path(kept or ".").parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(kept or ":memory:", 60, check_same_thread=False, isolation_level=None)
+        if {name for name, in db.execute("SELECT tbl_name FROM sqlite_master")} - {"replies"}:
+            raise sqlite3.Error("other tables than a cache's")
         with suppress(sqlite3.OperationalError):  # another process is just doing it
             db.execute("PRAGMA journal_mode=WAL")
         db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT)")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         die(f"--cache {kept}: expected a SQLite file that can be written, found: {error}")
 
     def table(sql, *values):
@@ -273,7 +290,8 @@ def chat(args):
     def count(tokens_in=0, tokens_out=0, **numbers):
         with guard:
             spent.update(tokens_in=tokens_in, tokens_out=tokens_out, **numbers)
-            spent["cost"] += (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
+            if args.price_in or args.price_out:
+                spent["cost"] += (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
 
     def call(messages, params):
         """A reply; None where something came that is none."""
@@ -308,8 +326,11 @@ def chat(args):
                         print(f"{args.model} takes no {name}: {shown}", file=sys.stderr)
                     refused[name] = "max_completion_tokens" if name == "max_tokens" else None
                 return call(messages, params)
-            if status in (401, 403, 404) and not spent["calls"]:  # not for what one row says
-                raise PermissionError(f"{re.sub('//.*@', '//', str(base))}: {shown}")
+            nobody = type(error.__cause__).__name__ == "ConnectError"
+            if (nobody or status in (401, 403, 404)) and not spent["calls"]:  # so will all be
+                where = re.sub("//.*@", "//", str(base))
+                raise PermissionError(f"{args.model} at {where}: {shown} (Does it run there? A "
+                                      "--base-url mostly ends in /v1)") from None
             raise ConnectionError(shown) from None
 
     def ask(messages, parse, stand_in="", tries=TRIES, **params):

@@ -53,6 +53,8 @@ def open_corpus(path):
         except sqlite3.Error as error:
             die(f"{path}: expected SQLite with a table documents(title, text), found: {error}")
         return c
+    if c["path"].is_file() and c["path"].open("rb").read(4)[:2] in (b"\x1f\x8b", b"PA"):
+        die(f"{path}: packed rows: `python data/prepare.py --corpus {path}` makes a corpus of them")
     rows = read_jsonl(path, {"title": str, "text": str}, made_by="data/prepare.py", unique=False,
                       parts=lambda p: None if isinstance(p.get("field", ""), str) else
                       "'field' as text")

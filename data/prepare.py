@@ -290,6 +290,7 @@ def build_corpus(args):
             if out.exists():
                 die(f"{out} is there, but was not made from these files as they are now: "
                     "choose another --out")
+            out.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{out}.tmp", "ab") as f:
                 lock(f, out)
                 with closing(corpus.begin(f, key, DOCUMENTS, [0, 0, 0])) as db:

@@ -124,8 +124,24 @@ def test_what_does_not_come_is_an_error_and_not_kept(tmp_path, kind, tries):
 
 def test_a_server_that_is_not_there(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(PermissionError, match="http://127.0.0.1:9/v1"):  # all calls would fail
         chat("http://127.0.0.1:9/v1")[0](user("a"), said, **PARAMS)
+    with serve() as server:
+        ask, _ = chat(server.url)
+        ask(user("a"), said, **PARAMS)
+    with pytest.raises(ConnectionError):  # it was there, and may be there again
+        ask(user("b"), said, **PARAMS)
+
+
+def test_a_corpus_is_no_cache(tmp_path, capsys):
+    path = tmp_path / "wiki.db"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE documents (title PRIMARY KEY, text)")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        chat("http://127.0.0.1:9/v1", path)
+    assert path.read_bytes() == before and capsys.readouterr().err.count("\n") == 1
 
 
 def test_half_a_character_can_be_kept(tmp_path):
@@ -200,8 +216,10 @@ def test_the_same_question_from_16_threads_is_one_call(tmp_path):
 
 @pytest.mark.parametrize("thing", ["text", "folder", "nowhere"])
 def test_no_cache_to_write_is_one_line(tmp_path, capsys, thing):
-    path = tmp_path / ("none/c" if thing == "nowhere" else "c")
-    if thing == "text":
+    path = tmp_path / ("c/c" if thing == "nowhere" else "c")
+    if thing == "nowhere":
+        path.parent.write_text("no folder")
+    elif thing == "text":
         path.write_text("no SQLite file, but long enough to look like one. " * 50)
     elif thing == "folder":
         path.mkdir()
@@ -209,7 +227,7 @@ def test_no_cache_to_write_is_one_line(tmp_path, capsys, thing):
         chat("http://127.0.0.1:9/v1", path)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(path) in err
-    assert [p.name for p in tmp_path.rglob("*")] == ([] if thing == "nowhere" else ["c"])
+    assert [p.name for p in tmp_path.rglob("*")] == ["c"]
     assert thing != "text" or path.read_text().startswith("no SQLite")
 
 

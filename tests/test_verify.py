@@ -282,6 +282,7 @@ def test_a_fifth_of_the_calls_fail(verify, tmp_path):
         failed = read_rows(tmp_path / "out.jsonl.failed")
         hit = [row["id"] for row in rows if any(f["text"] in lost for f in facts_of([row]))]
         assert status == 1 and int(closing.failed) == len(hit) >= 5
+        assert f"{len(hit)} rows are set aside in {tmp_path / 'out.jsonl.failed'}" in closing.err
         assert [row["id"] for row in failed] == hit
         assert all("500" in row["error"] for row in failed)
         assert not any("label" in fact for fact in facts_of(failed))
@@ -568,6 +569,16 @@ def test_confidence_of_01s_samples(verify, tmp_path):
     assert (status, closing.facts, closing.unjudged) == (1, "8", "2")
 
 
+def test_answers_to_other_questions(verify, tmp_path):
+    """Or facts that ask nothing: nothing would be found out, and nobody would notice."""
+    rows = asked_rows()
+    answers = sampled(tmp_path, rows, lambda row: ["Lima"])
+    for wrong in ([{**row, "topic": "Elsewhere"} for row in rows],
+                  [facts_row("a", "Land1", "nothing to ask")]):
+        status, found, closing = verify(wrong, "--method", "confidence", "--answers", answers)
+        assert (status, found) == (2, None) and closing.err.count("\n") == 1
+
+
 # ---------------------------------------------------------------------------------------------
 # answers
 
@@ -749,7 +760,8 @@ def test_a_dry_run_counts_what_is_left(verify, tmp_path):
         paid, before = server.counts()["requests"], (tmp_path / "out.jsonl").read_bytes()
         status, _, closing = verify(rows, *llm(server, "repeat", "--dry-run"))
         assert server.counts()["requests"] == paid == 3 * 4  # ore0, ore1, Land0, Land1
-    assert (status, closing.calls) == (0, str(3 * 4)) and closing.rows_in == "4"
+    assert (status, closing.sent, closing.calls) == (0, "0", str(3 * 4))
+    assert not hasattr(closing, "supported")  # what no judge has said
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
