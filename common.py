@@ -327,7 +327,7 @@ def chat(args):
                     refused[name] = "max_completion_tokens" if name == "max_tokens" else None
                 return call(messages, params)
             nobody = type(error.__cause__).__name__ == "ConnectError"
-            if (nobody or status in (401, 403, 404)) and not spent["calls"]:  # so will all be
+            if (nobody or status in (401, 404)) and not spent["calls"]:  # a 403 may mean one row
                 where = re.sub("//.*@", "//", str(base))
                 raise PermissionError(f"{args.model} at {where}: {shown} (Does it run there? A "
                                       "--base-url mostly ends in /v1)") from None

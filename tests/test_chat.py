@@ -274,7 +274,18 @@ def test_another_400_drops_no_parameter(kind, text):
 # ---------------------------------------------------------------------------------------------
 # Keys
 
-@pytest.mark.parametrize("kind", ["401", "403", "404"])
+def test_a_filtered_prompt_is_one_row(tmp_path):
+    """Some servers say 403 to a prompt that they will not have: the others go on."""
+    with serve(script={"row 3": ["403", "forever"]}) as server:
+        for _ in range(2):
+            done = subprocess.run(**stage(tmp_path, texts(8), "--base-url", server.url))
+            assert done.returncode == 1, done.stderr
+    assert len(read_rows(tmp_path / "out.jsonl")) == 7
+    aside, = read_rows(tmp_path / "out.jsonl.failed")
+    assert aside["text"] == "row 3." and "403" in aside["error"]
+
+
+@pytest.mark.parametrize("kind", ["401", "404"])
 def test_what_would_fail_for_all_is_one_line(tmp_path, kind):
     with serve(script={"": [kind, "forever"]}, delay=.1) as server:
         done = subprocess.run(**stage(tmp_path, texts(64), "--base-url", server.url,
