@@ -787,6 +787,24 @@ def near(count, draws, p):
     return abs(count - draws * p) <= SIGMAS * math.sqrt(draws * p * (1 - p)) + 1e-9
 
 
+@pytest.mark.parametrize("sharp, wide", [(4, 0), (1.5, 3), (.5, 6)])
+def test_nucleus_by_brute_force(sharp, wide):
+    """The likeliest one by one, of equals the first, until the mass is there; also where these are
+    more than the 1024 that are looked at first. Values as coarse as bf16's: many are equal."""
+    scores = torch.randn(6, 4000, generator=torch.Generator().manual_seed(2)) * sharp
+    scores[:3] *= 2
+    probs = scores.bfloat16().double().softmax(-1)
+    kept = generate.nucleus(probs, .9)
+    for row, found in zip(probs.tolist(), kept.tolist()):
+        right, mass = [0.0] * len(row), 0.0
+        for i in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+            if mass >= .9:
+                break
+            right[i], mass = row[i], mass + row[i]
+        assert found == right
+    assert ((kept > 0).sum(-1) > 1024).sum() == wide
+
+
 def draw(probs, temperature=1.0, top_p=1.0, top_k=0, draws=2000):
     logits = torch.tensor(probs).log().expand(draws, -1)
     ids = generate.next_tokens(logits, temperature, top_p, top_k, torch.Generator().manual_seed(1))
