@@ -42,8 +42,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from common import (TRIES, arguments, as_messages, chat, chat_arguments, die, digest, load_model,
-                    output, progress, prompt_ids, read_jsonl, report, run, template, workers)
+from common import (TRIES, answer_of, arguments, as_messages, chat, chat_arguments, die, digest,
+                    load_model, output, progress, prompt_ids, read_jsonl, report, run, template,
+                    workers)
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
 NEAREST = 5  # demonstrations before a prompt (FLAME, section 4.1)
@@ -168,17 +169,17 @@ def name_of(args, row, k):
 
 def row_of(args, row, k, reply):
     """The row to write for a reply {"text", "finish", "thought"}; None where it is not usable."""
-    if reply["finish"] != "stop" and (reply["finish"] != "length" or args.topics or args.classify):
-        return None  # cut, or a filter's work
-    thought = re.match(r"(?:\s*<think>)?(.*?)</think>\s*|\s*<think>(.*)", reply["text"], re.DOTALL)
-    said = reply["text"][thought.end() if thought else 0:]
     if args.classify:
-        word = re.search(r"\b(yes|no)\W*$", said.lower())
+        word = re.search(r"\b(yes|no)\W*$", answer_of(reply).lower())
         return {**row, "fact_based": word[1] == "yes"} if word else None
     if args.topics:
-        found = re.fullmatch(r"\s*Subject: *(\S.*?)\s*\n\s*Prompt: *(\S.*?)\s*", said)
+        found = re.fullmatch(r"\s*Subject: *(\S.*?)\s*\n\s*Prompt: *(\S.*?)\s*", answer_of(reply))
         return found and {"id": name_of(args, row, k), "topic": found[1], "prompt": found[2],
                           "fact_based": True, "domain": row["topic"]}
+    if reply["finish"] not in ("stop", "length"):
+        return None  # a filter's work
+    thought = re.match(r"(?:\s*<think>)?(.*?)</think>\s*|\s*<think>(.*)", reply["text"], re.DOTALL)
+    said = reply["text"][thought.end() if thought else 0:]
     thought = (reply["thought"] or thought and (thought[1] or thought[2]) or "").strip()
     settings = {key: getattr(args, key) for key in ("model", "adapter", "temperature", "top_p",
                                                     "top_k", "max_new_tokens", "seed")}

@@ -26,8 +26,8 @@ import os
 import re
 
 import rules
-from common import (arguments, chat, chat_arguments, die, digest, dumps, output, progress,
-                    read_jsonl, report, run, template, workers, write_whole)
+from common import (answer_of, arguments, chat, chat_arguments, die, digest, dumps, output,
+                    progress, read_jsonl, report, run, template, workers, write_whole)
 
 DECLINES = re.compile(r"\s*(?:i'?m sorry|i apologi[sz]e|as an ai\b|"
                       r"i (?:can ?not|can't|am unable|do not have|don't have))", re.IGNORECASE)
@@ -126,15 +126,11 @@ def llm_facts(ask, args, row, sentence, end):
                        for i, text in enumerate(rules.facts(sentence, topic), 1)) or "None."
 
     def put(name, parse, facts=(), *how):
-        def read(reply):  # reasoning says nothing; nor does a reply that was cut
-            text = reply["text"].rpartition("</think>")[2]
-            return None if reply["finish"] != "stop" or "<think>" in text else parse(text, *how)
-
         lines = "\n".join(f"{i}. {text}" for i, text in enumerate(facts, 1))
         prompt = template(name, sentence=sentence, topic=topic, text=said, fact="".join(facts),
                           facts=lines, request=dumps(row.get("prompt", topic)))
-        found = ask(prompt, read, likely, temperature=0, seed=args.seed,
-                    max_tokens=args.max_tokens or 1024)
+        found = ask(prompt, lambda reply: parse(answer_of(reply), *how), likely, temperature=0,
+                    seed=args.seed, max_tokens=args.max_tokens or 1024)
         if found is None and name != "question":
             raise ValueError(f"{name}: no reply was what was asked for: {sentence!r:.80}")
         return found or {}

@@ -42,8 +42,8 @@ import sys
 from collections import Counter
 
 import rules
-from common import (arguments, as_messages, chat, chat_arguments, die, digest, load_model, output,
-                    progress, read_jsonl, report, run, template, workers)
+from common import (answer_of, arguments, as_messages, chat, chat_arguments, die, digest,
+                    load_model, output, progress, read_jsonl, report, run, template, workers)
 from data import corpus
 
 NLI = "derenlei/FactCG-DeBERTa-v3-Large"  # 0.4 B, MIT
@@ -202,10 +202,8 @@ def nli(claim, topic, page, c, args, supported):
 
 
 def last_line(reply, pattern):
-    """The match of `pattern` with the last line of a finished reply, thoughts left out, or None."""
-    said = reply["text"].rpartition("</think>")[2]
-    said = "" if reply["finish"] != "stop" or "<think>" in said else said
-    return re.fullmatch(pattern, said.strip().rpartition("\n")[2].strip())
+    """The match of `pattern` with the last line of a finished reply, or None."""
+    return re.fullmatch(pattern, answer_of(reply).strip().rpartition("\n")[2].strip())
 
 
 def verdict(reply):

@@ -370,6 +370,12 @@ def chat(args):
     return ask, spent
 
 
+def answer_of(reply):
+    """What a finished reply says after its thoughts; "" where it was cut or is thought alone."""
+    said = reply["text"].rpartition("</think>")[2]
+    return said if reply["finish"] == "stop" and "<think>" not in said else ""
+
+
 @contextmanager
 def workers(n):
     """n threads; after an error or Ctrl-C, what has not begun never does."""
