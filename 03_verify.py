@@ -59,6 +59,7 @@ def parse_args():
     p.add_argument("--judge", default="lexical", choices=["lexical", "nli", "llm"],
                    help="of --method answers")
     p.add_argument("--answers", metavar="FILE", help="01's samples for 02's --questions-out")
+    p.add_argument("--check", metavar="REGEX", help="of --method rate: for rows without their own")
     # Evidence
     p.add_argument("--corpus", default="data/world/countries.jsonl", metavar="FILE",
                    help="the reference work (python data/prepare.py makes the default)")
@@ -83,6 +84,8 @@ def parse_args():
     if args.base_url and judge not in ("llm", "rate") or args.model and judge in (
             "lexical", "confidence"):
         die(f"expected --base-url and --model with another --method (--judge) than {judge}")
+    if args.check and (args.method != "rate" or args.model):
+        die("expected --check with --method rate and without --model, whose judge needs none")
     return args
 
 
@@ -241,7 +244,7 @@ def rating(row, args, ask):
     """FLAME's instruction following (section 4.3): the mean of 3 judgements with reasons, or None;
     without a server whether the response passes the row's own check, as 5 or 1."""
     if not ask:
-        return 5.0 if re.search(row["check"], row["response"].strip()) else 1.0
+        return 5.0 if re.search(row.get("check", args.check), row["response"].strip()) else 1.0
     asked = template("rate", prompt=as_messages(row["prompt"])[-1]["content"],
                      response=row["response"])
     marks = [ask(asked, lambda reply: last_line(reply, r"(?i)\W*rating:\W*\[([1-5])\]\W*"),
@@ -329,10 +332,11 @@ def wrong_parts(row):
             return "'sentences' as [{'facts': [{'text': ..., 'question'?: ...}]}]"
 
 
-def wrong_rate(row, model):
+def wrong_rate(row, args):
     """What was expected of a prompt without text, or without a server, a check that is no regex."""
+    check = "" if args.model else row.get("check", args.check)
     try:
-        re.compile(as_messages(row["prompt"])[-1]["content"][:0] + ("" if model else row["check"]))
+        re.compile(as_messages(row["prompt"])[-1]["content"][:0] + check)
     except (re.error, OverflowError, LookupError, TypeError):
         return "'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
 
@@ -397,7 +401,7 @@ def main():
     needs = {"prompt": (str, list), "response": str} if args.method == "rate" else (
         {"sentences": list, "topic": str})
     rows = read_jsonl(args.inp, needs, made_by="02_decompose.py", parts=wrong_parts
-                      if "sentences" in needs else lambda row: wrong_rate(row, args.model))
+                      if "sentences" in needs else lambda row: wrong_rate(row, args))
     answers = sampled_answers(args) if args.answers else None
     if args.answers and not answers.keys() & {
             (row["topic"], question_of(fact)) for row in rows for fact in facts_of(row)}:

@@ -1,44 +1,55 @@
 """
 Stage 4. Turn responses into training rows: one sub-command a rule.
 
-facttune  pairs: of the responses to one prompt, the top-scored is preferred over each that scores
-          lower (--pairs best), or of any two the higher-scored (--pairs all, the authors' code)
-sft       targets: every usable response, FactTune's stage before DPO; 02's unjudged rows will do
-rft       targets: the top-scored response to a prompt, the first of equals (RAFT, 2304.06767)
-Scores: precision S/(S+NS), or F1@K of it and min(S/K, 1). Repeated facts count once, the first.
+facttune   pairs (2311.08401): of the responses to one prompt, the top-scored is preferred to each
+           that scores lower (--pairs best), or of any two the higher-scored (all: its code). FS:
+           precision, S/(S+NS), or F1@K; MC: the mean confidence, of 03 --method confidence
+flame-sft  targets (2405.01525, 4.2): own responses to fact-based prompts, --given ones to others
+flame      pairs (4.3): highest over lowest rating (kind "if"); of a fact-based prompt also highest
+           over lowest precision (kind "fact"), where the two ratings differ by 0.5 at most
+factalign  single responses (2410.01691, 4.1): good where F1@K > t; their sentences: good where the
+           share of S among the facts is at least t_s, unlabelled without facts or with a null
+apeft      pairs (2406.12416): D_g, facttune's (kind "fact"), and D_a (kind "atomic"): for each
+           question that a fact of D_g's responses asks, and that the model half knows (0 < r < 1,
+           by 03 --method answers), its commonest right answer over its commonest wrong one
+sft, rft   targets: every response; the top-scored one, the first of equals (RAFT, 2304.06767)
 
 Reads   verified.jsonl   03's rows: {"id", "prompt_id", "topic", "prompt", "response", "finish",
-                         "sentences": [{"start", "end", "facts": [{"text", "label"}]}]}
-Writes  prefs.jsonl      whole; it loads into TRL's DPOTrainer or SFTTrainer unchanged. A pair:
+                         "sentences": [{"start", "end", "facts": [{"text", "label"}]}]}; for flame
+                         with "rating", for apeft with "r" and "answers"; for sft 02's will do.
+                         FactAlign's later rounds: the files of all rounds, one after the other
+Writes  prefs.jsonl      whole; TRL's trainers for DPO, KTO and SFT read it unchanged. A pair:
   {"id": "fiji-geo/3>fiji-geo/0", "prompt_id": "fiji-geo", "topic": "Fiji", "kind": "fact",
    "prompt": [{"role": "user", "content": "In three sentences, ..."}],
    "chosen": [{"role": "assistant", "content": "Fiji is an island ..."}],
    "rejected": [{"role": "assistant", "content": "Fiji is a landlocked ..."}],
    "score_chosen": 0.5, "score_rejected": 0.0, "finish": {"chosen": "stop", "rejected": "length"}}
-  A target ends {"completion": [{"role": "assistant", ...}], "finish": "stop"}; rft's has a "score".
+  A single response has "completion", factalign's also "label", "completion_sentences",
+  "sentence_label", "sentence_spans". An atomic pair's prompt is the one that its answers were
+  sampled for; a "prefix" that they went on from opens both sides, and 05 trains on the rest.
 
 The text trained on is the response up to its last whole sentence. Its finish is "stop" where the
-model ended its turn right there: only then does 05 append the end-of-turn token and train on it. A
-cut response must not teach the model to stop.
-
+model ended its turn right there: only then does 05 append the end-of-turn token and train on it.
 What makes no row is counted by its reason. A response: abstains, has more than 20 % null labels or
 none that is S or NS (sft does not ask), has no whole sentence, has one 10-gram more than 5 times
-(FactAlign's code), or repeats another response to its prompt. A prompt: has too few usable
-responses ("few": sft needs one, the others two), or they all score alike ("tied").
-Printed for OUT's rows, a side each: mean words, share that ends by "stop", mean score; beside rft's
-targets all usable responses to their prompts. Where the lengths differ, length is learnt, too.
+(FactAlign's code), or repeats another response to its prompt. A prompt: has too few usable ones
+("few": sft needs one, the others two), or they all score alike ("tied"). factalign labels bad what
+abstains, states no fact or repeats itself, as its code does. Repeated facts count once, the first.
 
-Not as in the papers: FactTune's code pairs all (best-vs-rest is the rule of the paper's summary),
-keeps repeated facts and responses, and has no 10-gram guard; RAFT keeps tied prompts.
+Not as in the papers: FactTune pairs all. FactAlign's code counts irrelevant facts as false; here
+they leave F1@K alone. APEFT does not say where the two sides of an atomic pair come from: ours are
+the model's own answers; --keep unknown and known take the missing side from the fact's own words.
 
   python 04_build_prefs.py facttune --in runs/demo/verified.jsonl --out runs/demo/prefs.jsonl \\
       --eval-out runs/demo/prefs_heldout.jsonl --eval-prompts data/prompts_eval.jsonl
-  python 04_build_prefs.py rft --in runs/demo/verified.jsonl --out runs/demo/rft.jsonl --reward f1
+  python 04_build_prefs.py factalign --in runs/demo/verified.jsonl --out runs/demo/kto.jsonl \\
+      --balance
 """
 import argparse
 import hashlib
 import json
 import sys
+from bisect import bisect_right
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -48,8 +59,10 @@ from common import as_messages, die, dumps, read_jsonl, report, run, same_run, w
 from rules import fact_key
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
+CONFIDENCE = ("max", "exp", "neg_ent")  # FactTune-MC's scores
 MAX_NULL = 0.2   # above this share of unjudged facts a response has no score
 MAX_REPEATS = 5  # FactAlign's notebook: one 10-gram more often than this, and the label is false
+MAX_GAP = 0.5    # FLAME, section 4.3: between the ratings of a factual pair
 LONGER = 1.2     # summed log-probs learn length when one side is much longer
 
 
@@ -64,26 +77,48 @@ def parse_args():
     add("--seed", type=int, default=0, help="which topics are set aside")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--overwrite", action="store_true", help="replace an OUT made with other flags")
-    scored = argparse.ArgumentParser(add_help=False)
-    add = scored.add_argument
-    add("--reward", default="precision", choices=["precision", "f1"], help="FactTune's, or F1@K")
-    add("--k", type=int, default=PROTOCOL["k"], help="K of f1 (default: data/protocol.json's)")
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.set_defaults(reward=None, k=None, margin=0.0)  # of the rules that have no such flag
-    rules = p.add_subparsers(dest="rule", required=True)
-    add = rules.add_parser("facttune", parents=[shared, scored], help="pairs").add_argument
+    k, scored, paired = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    k.add_argument("--k", type=int, default=PROTOCOL["k"], help="K of F1@K (default: data/"
+                   "protocol.json's; FactAlign: 100)")
+    scored.add_argument("--reward", default="precision", choices=["precision", "f1", *CONFIDENCE],
+                        help="FactTune-FS: precision; F1@K; FactTune-MC: a confidence")
+    add = paired.add_argument
     add("--pairs", default="best", choices=["best", "all"], help="best against rest, or any two")
     add("--margin", type=float, default=0.0, help="scores must differ by more (FactTune: 0)")
+    add("--unpaired", action="store_true", help="each side once as a labelled row, for 05's kto")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(reward=None, k=None, margin=0.0, t=0.0, t_s=0.0, precision_share=0.0, more=None,
+                   balance=None, unpaired=None)  # of the rules that have no such flag
+    rules = p.add_subparsers(dest="rule", required=True)
+    rules.add_parser("facttune", parents=[shared, k, scored, paired], help="pairs")
     rules.add_parser("sft", parents=[shared], help="all responses as targets")
-    rules.add_parser("rft", parents=[shared, scored], help="rejection sampling: the best as target")
+    rules.add_parser("rft", parents=[shared, k, scored], help="the best response as target")
+    add = rules.add_parser("flame-sft", parents=[shared], help="own and given targets").add_argument
+    add("--given", dest="more", required=True, metavar="FILE", help="prompts with a response")
+    add("--targets", default="own", choices=["own", "given"], help="of fact-based prompts")
+    rules.add_parser("flame", parents=[shared], help="pairs by rating and by precision")
+    add = rules.add_parser("factalign", parents=[shared, k], help="labelled responses").add_argument
+    add("--t", type=float, default=0.75, help="a response is good above (paper: 0.75)")
+    add("--t-s", type=float, default=1.0, help="a sentence is good from here on (paper: 1.0)")
+    add("--balance", action="store_true", help="choose t so that half the responses are good "
+        "(FactAlign's notebook)")
+    add("--precision-share", type=float, default=0.0, metavar="P", help="label this share of the "
+        "prompts by precision and the others by recall@K (Figure 3)")
+    add("--general", dest="more", metavar="FILE", help="rows of other abilities: 03's ratings, or "
+        "HuggingFaceH4/ultrafeedback_binarized:train_prefs, trl-lib/kto-mix-14k:train")
+    add = rules.add_parser("apeft", parents=[shared, k, scored, paired], help="pairs").add_argument
+    add("--answers", dest="more", required=True, metavar="FILE", help="01's, which 03 judged")
+    add("--keep", default="potentially", choices=["unknown", "potentially", "known"],
+        help="facts of D_a, by what the model knows (paper: potentially)")
     args = p.parse_args()
-    if args.reward == "f1" and args.k is None:
+    if args.k is None and (args.reward == "f1" or args.rule == "factalign"):
         die("data/protocol.json has no K yet: give --k N (06_eval.py score: median_claims)")
     if any(n is not None and n < 1 for n in (args.k, args.limit)):
         die("expected --k and --limit of at least 1")
-    if not (0 <= args.margin < 1 and 0 < args.holdout < 1):
-        die("expected 0 <= --margin < 1 and 0 < --holdout < 1")
+    if not (0 <= args.margin < 1 and 0 < args.holdout < 1 and 0 <= args.t < 1 and 0 <= args.t_s <= 1
+            and 0 <= args.precision_share <= 1):
+        die("expected --margin, --holdout, --t, --t-s and --precision-share between 0 and 1")
     files = [f for f in (*args.inp, args.out, args.eval_out, args.eval_prompts) if f]
     if len({Path(f).resolve() for f in files}) < len(files):
         die("expected different files for --in, --out, --eval-out and --eval-prompts")
@@ -93,10 +128,14 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------
 # Reading
 
-def fault(row, judged):
-    """What was expected inside a row of 03 (not judged: of 02), or None if it is there."""
+def fault(row, args):
+    """What was expected inside a row of 02 or 03 and is not there; None where all is."""
     if row.get("finish") not in ("stop", "length"):
         return f"'finish' as stop or length (01_generate.py), not {row.get('finish')!r:.60}"
+    if args.rule == "flame" and not isinstance(row.get("rating", ""), (int, float, type(None))):
+        return "a 'rating' (03_verify.py --method rate)"
+    judged = not (args.rule in ("sft", "flame-sft") or args.reward in CONFIDENCE
+                  or args.rule == "flame" and not row.get("fact_based"))
     for s in row["sentences"]:
         if not (isinstance(s, dict) and isinstance(s.get("facts"), list)
                 and type(s.get("start")) is int and type(s.get("end")) is int
@@ -108,8 +147,8 @@ def fault(row, judged):
                 return f"a fact as {{text, label: S|NS|IR|null}} (03_verify.py), not {fact!r:.60}"
 
 
-def read_groups(paths, judged):
-    """(all rows, {prompt_id: its rows}) of some files in file order, every row checked."""
+def read_groups(args):
+    """(all rows, {prompt_id: its rows}) of --in in file order, every row checked."""
     fields = {"prompt_id": str, "prompt": (str, list), "response": str, "sentences": list}
     rows, groups, ids, seen = [], {}, set(), {}
 
@@ -119,10 +158,11 @@ def read_groups(paths, judged):
             return "an id that no earlier file has"
         if seen.setdefault(row["prompt_id"], prompt) != prompt:
             return f"the prompt and topic that {row['prompt_id']!r} had before"
-        return fault(row, judged)
+        return fault(row, args)
 
-    for path in paths:
-        new = read_jsonl(path, fields, "03_verify.py" if judged else "02_decompose.py", parts=wrong)
+    for path in args.inp:
+        made_by = "02_decompose.py" if args.rule in ("sft", "flame-sft") else "03_verify.py"
+        new = read_jsonl(path, fields, made_by, parts=wrong)
         ids |= {row["id"] for row in new}
         rows += new
     for row in rows:
@@ -130,18 +170,45 @@ def read_groups(paths, judged):
     return rows, groups
 
 
+def read_more(args):
+    """Rows of --given, --answers or --general; of the last NAME:SPLIT may be a dataset, too."""
+    fields = {"flame-sft": {"prompt": (str, list), "response": str},
+              "apeft": {"prompt": (str, list), "prompt_id": str, "topic": str}}.get(args.rule, {})
+    if not args.more:
+        return []
+    if fields or Path(args.more).is_file():
+        return read_jsonl(args.more, fields, parts=lambda row: None if fields else odd(row))
+    from datasets import load_dataset
+    name, _, split = args.more.rpartition(":")
+    return [{"id": f"general-{n}", **row} for n, row in enumerate(load_dataset(name, split=split))]
+
+
+def odd(row):
+    """What is expected of a row of general data and not there; None where all is."""
+    sides = [row[side] for side in ("chosen", "rejected", "completion") if side in row]
+    texts = [row.get("response")] if "rating" in row else [
+        side[-1].get("content") for side in sides if isinstance(side, list) and side]
+    whole = {"chosen", "rejected"} <= set(row) or type(row.get("label")) is bool
+    if not (whole or "rating" in row) or not texts or {type(text) for text in texts} != {str}:
+        return "a response with its rating, or messages: chosen and rejected, completion and label"
+
+
 def topic_of(row):
-    return str(row.get("topic") or row["prompt_id"])
+    return str(row.get("topic") or row.get("prompt_id") or row["id"])
 
 
-def leaked(groups, prompts):
-    """Ids of the prompts in `groups` that `prompts` has too: by id, by topic or by wording."""
+def question_of(row):
+    """What joins a fact and the answers to it: 02's question, or its prefix to go on from."""
+    return row.get("question") or row.get("prefix")
+
+
+def leaked(rows, prompts):
+    """Ids of the prompts of `rows` that `prompts` has too: by id, by topic or by wording."""
     ids = {row["id"] for row in prompts}
-    topics = {str(row.get("topic") or row["id"]).casefold() for row in prompts}
+    topics = {topic_of(row).casefold() for row in prompts}
     wordings = {dumps(as_messages(row["prompt"])) for row in prompts}
-    return [name for name, (row, *_) in groups.items()
-            if name in ids or topic_of(row).casefold() in topics
-            or dumps(as_messages(row["prompt"])) in wordings]
+    return sorted({row["prompt_id"] for row in rows if row["prompt_id"] in ids
+                   or row["topic"].casefold() in topics or dumps(row["prompt"]) in wordings})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,55 +234,88 @@ def repeats(text, n=10):
     return max(Counter(zip(*(words[i:] for i in range(n)))).values(), default=0)
 
 
-def unique_labels(row):
-    """Labels of the facts; those with equal content words count once, the first of them."""
-    first = {}
-    for sentence in row["sentences"]:
-        for fact in sentence["facts"]:
-            first.setdefault(fact_key(fact["text"], topic_of(row)), fact["label"])
-    return list(first.values())
+def facts_of(row):
+    return [fact for sentence in row["sentences"] for fact in sentence["facts"]]
 
 
-def score(labels, reward, k=None):
-    """precision = S/(S+NS); f1 = F1@K, the harmonic mean of precision and min(S/K, 1) (SAFE)."""
-    s = labels.count("S")
-    judged = s + labels.count("NS")
+def verdicts(row, reward):
+    """What a reward is made of: one label or confidence a fact, or the rating; None: not judged."""
+    if reward == "rating":
+        return [row["rating"]]
+    first = {}  # of the facts with equal content words
+    for fact in facts_of(row):
+        first.setdefault(fact_key(fact["text"], topic_of(row)), fact)
+    if reward in CONFIDENCE:  # facts that ask nothing have none
+        return [f["conf"] and f["conf"][reward] for f in first.values() if "conf" in f]
+    return [fact["label"] for fact in first.values()]
+
+
+def score(found, reward, k=None):
+    """precision = S/(S+NS), recall = min(S/K, 1), f1 = F1@K, their harmonic mean (SAFE); the mean
+    of confidences or of the rating. None where nothing was judged."""
+    if reward in (*CONFIDENCE, "rating"):
+        known = [value for value in found if value is not None]
+        return fmean(known) if known else None
+    s, judged = found.count("S"), found.count("S") + found.count("NS")
+    if not judged or reward == "recall":
+        return min(s / k, 1.0) if judged else None
     # one quotient: equal scores are equal floats
     return s / judged if reward == "precision" else 2 * s / (judged + max(k, s))
 
 
-def candidates(rows, reward=None, k=None):
+def target(row, text, finish, kind="fact", **more):
+    """A training row with one response."""
+    return {"id": row["id"], "prompt_id": row.get("prompt_id") or row["id"],
+            "topic": topic_of(row), "kind": kind, "prompt": as_messages(row["prompt"]),
+            "completion": [{"role": "assistant", "content": text}], "finish": finish, **more}
+
+
+def candidates(rows, reward=None, k=None, bad_too=False):
     """(usable responses to a prompt, as target rows; why the others are not usable).
-    Without a reward no verdict is looked at and the rows have no score."""
+    Without a reward no verdict is looked at and the rows have no score. bad_too: what abstains,
+    states nothing or repeats itself is usable, with a score of 0."""
     found, unused = {}, []
     for row in rows:
-        labels = unique_labels(row) if reward else []
+        seen = verdicts(row, reward) if reward else []
+        value = score(seen, reward, k) if reward else None
         text, finish = training_text(row)
-        faults = {
-            "abstained": row.get("abstained"),
-            "unjudged": labels.count(None) > MAX_NULL * len(labels),
-            "no_fact": reward and "S" not in labels and "NS" not in labels,
-            "no_sentence": not text.strip(),
-            "repetitive": repeats(text) > MAX_REPEATS,
-            "duplicate": text in found,
-        }
-        if any(faults.values()):
-            unused.append(next(name for name, so in faults.items() if so))
+        unusable = {"unjudged": seen.count(None) > MAX_NULL * len(seen),
+                    "no_sentence": not text.strip(),
+                    "duplicate": text in found}
+        bad = {"abstained": row.get("abstained"),
+               "no_fact": reward and value is None,
+               "repetitive": repeats(text) > MAX_REPEATS}
+        reasons = [name for name, so in {**unusable, **bad}.items() if so]
+        if any(unusable.values()) or (reasons and not bad_too):
+            unused.append(reasons[0])
             continue
-        found[text] = {"id": row["id"], "prompt_id": row["prompt_id"], "topic": topic_of(row),
-                       "kind": "fact", "prompt": as_messages(row["prompt"]),
-                       "completion": [{"role": "assistant", "content": text}], "finish": finish,
-                       **({"score": score(labels, reward, k)} if reward else {})}
+        found[text] = target(row, text, finish)
+        if reward:
+            found[text]["score"] = 0.0 if reasons else value
     return list(found.values()), unused
 
 
-def pair(chosen, rejected):
+def pair(chosen, rejected, kind="fact"):
     """The training row that prefers one usable response to another."""
-    return {"id": f"{chosen['id']}>{rejected['id']}",
-            **{name: chosen[name] for name in ("prompt_id", "topic", "kind", "prompt")},
+    return {"id": f"{chosen['id']}>{rejected['id']}" + f" {kind}" * (kind != "fact"),
+            "prompt_id": chosen["prompt_id"], "topic": chosen["topic"], "kind": kind,
+            "prompt": chosen["prompt"], "from": [chosen["id"], rejected["id"]],
             "chosen": chosen["completion"], "rejected": rejected["completion"],
             "score_chosen": chosen["score"], "score_rejected": rejected["score"],
             "finish": {"chosen": chosen["finish"], "rejected": rejected["finish"]}}
+
+
+def unpaired(pairs):
+    """KTO on pairs: each response once where it is chosen (good), once where it is rejected."""
+    found = {}
+    for row in pairs:
+        kept = {key: row[key] for key in ("topic", "kind", "prompt", "prefix") if key in row}
+        for side, name in zip(("chosen", "rejected"), row["from"]):
+            found.setdefault((name, side), {
+                "id": f"{name} {side}", "prompt_id": row["prompt_id"], **kept,
+                "completion": row[side], "finish": row["finish"][side],
+                "label": side == "chosen", "score": row[f"score_{side}"]})
+    return list(found.values())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,11 +328,11 @@ def preferences(responses, margin=0.0, pairs="best"):
             and round(a["score"] - b["score"], 9) > margin]  # in floats, 0.4 - 0.3 > 0.1
 
 
-def by_prompt(groups, make, reward=None, k=None):
+def by_prompt(groups, make, *how):
     """A rule that makes its rows of the usable responses to one prompt at a time."""
     made, prompts, unused = [], Counter(), Counter()
     for rows in groups.values():
-        responses, reasons = candidates(rows, reward, k)
+        responses, reasons = candidates(rows, *how)
         found = make(responses)
         prompts["used" if found else "tied" if len(responses) > 1 else "few"] += 1
         unused.update(reasons)
@@ -241,7 +341,8 @@ def by_prompt(groups, make, reward=None, k=None):
 
 
 def facttune(groups, reward="precision", k=None, margin=0.0, pairs="best"):
-    """FactTune (2311.08401): of two responses to a prompt, the more factual one is preferred."""
+    """FactTune (2311.08401): of two responses to a prompt, the more factual one is preferred, by
+    the verdicts (FS) or by how sure the model is of what it says, right or wrong (MC)."""
     return by_prompt(groups, lambda found: [
         pair(*two) for two in preferences(found, margin, pairs)], reward, k)
 
@@ -256,10 +357,154 @@ def rft(groups, reward="precision", k=None):
     return by_prompt(groups, lambda found: [best for best, _ in preferences(found)[:1]], reward, k)
 
 
-RULES = {"facttune": lambda groups, a: facttune(groups, a.reward, a.k, a.margin, a.pairs),
-         "sft": lambda groups, a: sft(groups),
-         "rft": lambda groups, a: rft(groups, a.reward, a.k)}
+def fact_based(groups):
+    return {name: rows for name, rows in groups.items() if rows[0].get("fact_based")}
 
+
+def flame_sft(groups, given, targets="own"):
+    """FLAME (2405.01525, section 4.2): what a person knows and the model does not teaches it to
+    make things up; so of a fact-based prompt the targets are its own responses."""
+    made, prompts, unused = sft(fact_based(groups) if targets == "own" else {})
+    prompts["not_asked"] = len(groups) - prompts.total()
+    made += [target(row, row["response"], "stop", "fact" if row.get("fact_based") else "if")
+             for row in given if targets == "given" or not row.get("fact_based")]
+    return made, prompts, unused
+
+
+def flame(groups):
+    """FLAME (section 4.3): pairs of the two extremes of a prompt, by rating and by precision."""
+    def extremes(kind):
+        return lambda found: [pair(best, worst, kind) for best, worst in sorted(
+            preferences(found), key=lambda two: two[1]["score"])[:1]]
+
+    def fits(row):
+        a, b = (rating[name] for name in row["from"])
+        return a is not None and b is not None and abs(a - b) <= MAX_GAP
+
+    rating = {row["id"]: row["rating"] for rows in groups.values() for row in rows}
+    follow, *told = by_prompt(groups, extremes("if"), "rating")
+    facts, prompts, unused = by_prompt(fact_based(groups), extremes("fact"), "precision")
+    prompts["far"] = sum(not fits(row) for row in facts)
+    prompts["used"] -= prompts["far"]
+    counts = [Counter({f"if_{name}": n for name, n in one.items()}
+                      | {f"fact_{name}": n for name, n in other.items()})
+              for one, other in zip(told, (prompts, unused))]
+    return follow + list(filter(fits, facts)), *counts
+
+
+def threshold(scores):
+    """The score above which as near to half of them lie as can be."""
+    ranked = sorted(scores)
+    return min(ranked, key=lambda t: abs(len(ranked) - 2 * bisect_right(ranked, t)), default=0.0)
+
+
+def sentence_labels(row, t_s):
+    """[(start, end, label)] of a response's sentences: is the share of S among its facts at least
+    t_s? (The paper's > would let none through at 1.) As in FactAlign's code what was said before,
+    and a 10-gram more than 3 times, is bad. Without facts, or with a null among them: no label."""
+    found, said = [], set()
+    for s in row["sentences"]:
+        text, labels = row["response"][s["start"]:s["end"]], [fact["label"] for fact in s["facts"]]
+        if text in said or repeats(text) > 3:
+            found.append((s["start"], s["end"], False))
+        elif labels and None not in labels:
+            found.append((s["start"], s["end"], labels.count("S") >= t_s * len(labels)))
+        said.add(text)
+    return found
+
+
+def factalign(groups, k, t=0.75, t_s=1.0, balance=False, precision_share=0.0, seed=0):
+    """FactAlign (2410.01691, section 4.1): labels for KTO on responses and fKTO on sentences."""
+    order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    n = round(precision_share * len(order))
+    parts = {"precision": order[:n], "recall": order[n:]} if precision_share else {"f1": groups}
+    whole = {row["id"]: row for rows in groups.values() for row in rows}
+    made, prompts, unused = [], Counter(), Counter()
+    for metric, names in parts.items():
+        found, *counts = by_prompt({name: groups[name] for name in names}, list, metric, k, True)
+        t = threshold([row["score"] for row in found]) if balance else t
+        prompts, unused = prompts + counts[0], unused + counts[1]
+        for row in found:
+            text, row["t"], row["label"] = row["completion"][0]["content"], t, row["score"] > t
+            first = whole[row["id"]]["sentences"][0]["start"]
+            spans = [(start - first, end - first, label) for start, end, label
+                     in sentence_labels(whole[row["id"]], t_s) if end - first <= len(text)]
+            made.append({**row, "completion_sentences": [text[a:b] for a, b, _ in spans] or None,
+                         "sentence_label": [label for *_, label in spans] or None,
+                         "sentence_spans": [[a, b] for a, b, _ in spans] or None})
+    return made, prompts, unused
+
+
+def general(row):
+    """KTO rows of a row of general data: a response rated 4 or more (good) or 2 or less, both sides
+    of a pair, which may repeat the prompt (UltraFeedback-binarized), a labelled one (kto-mix)."""
+    finish = row.get("finish", "stop")
+    if "rating" in row:
+        rating, said = row["rating"] or 3, row["response"].strip()
+        clear = said and not 2 < rating < 4
+        return [target(row, said, finish, "general", label=rating >= 4)] if clear else []
+    if "chosen" not in row:
+        return [target(row, row["completion"][-1]["content"], finish, "general",
+                       label=row["label"])]
+    return [target({**row, "id": f"{row['id']}/{side}", "prompt": row[side][:-1] or row["prompt"]},
+                   row[side][-1]["content"], "stop", "general", label=side == "chosen")
+            for side in ("chosen", "rejected") if row["chosen"] != row["rejected"]]
+
+
+def best_answer(facts, label):
+    """The commonest answer to a question with this label, else what a fact that asks it says."""
+    own = [{"text": fact["answer"], "label": fact["label"], "count": 0}
+           for fact in facts if "answer" in fact]
+    return max((answer for answer in facts[0]["answers"] + own if answer["label"] == label),
+               key=lambda answer: answer["count"], default={}).get("text")
+
+
+def atomic(asked, facts):
+    """The pair of a question; the model gave the answers to this very prompt, after this prefix."""
+    prefix = asked.get("prefix", "")
+    sides = [[{"role": "assistant", "content": f"{prefix} {best_answer(facts, label)}".strip()}]
+             for label in ("S", "NS")]
+    return {"id": asked["prompt_id"], "prompt_id": asked["prompt_id"], "topic": asked["topic"],
+            "kind": "atomic", "prompt": as_messages(asked["prompt"]), "prefix": prefix,
+            "from": [f"{asked['prompt_id']} right", f"{asked['prompt_id']} wrong"],
+            "r": facts[0]["r"], "chosen": sides[0], "rejected": sides[1], "score_chosen": 1.0,
+            "score_rejected": 0.0, "finish": {"chosen": "length", "rejected": "length"}}
+
+
+def apeft(groups, answers, keep="potentially", **how):
+    """APEFT (2406.12416): D_g, facttune's pairs, and D_a, a pair for each question that a fact of
+    D_g's responses asks and that the model knows as `keep` says. answers: their rows of 01."""
+    made, prompts, unused = facttune(groups, **how)
+    said = {name for row in made for name in row["from"]}
+    asked = {(row["topic"], question_of(row)): row for row in answers}
+    questions = {}
+    for row in [row for rows in groups.values() for row in rows if row["id"] in said]:
+        for fact in facts_of(row):
+            name = topic_of(row), question_of(fact)
+            if name in asked and fact.get("known"):
+                questions.setdefault(name, []).append(fact)
+    for name, facts in questions.items():
+        known = facts[0]["known"]
+        if known == keep and best_answer(facts, "S") and best_answer(facts, "NS"):
+            made.append(atomic(asked[name], facts))
+            known += "_used"
+        prompts[f"facts_{known}"] += 1
+    return made, prompts, unused
+
+
+RULES = {
+    "facttune": lambda groups, _, a: facttune(groups, a.reward, a.k, a.margin, a.pairs),
+    "sft": lambda groups, _, a: sft(groups),
+    "rft": lambda groups, _, a: rft(groups, a.reward, a.k),
+    "flame-sft": lambda groups, given, a: flame_sft(groups, given, a.targets),
+    "flame": lambda groups, _, a: flame(groups),
+    "factalign": lambda groups, _, a: factalign(groups, a.k, a.t, a.t_s, a.balance,
+                                                a.precision_share, a.seed),
+    "apeft": lambda groups, answers, a: apeft(groups, answers, a.keep, reward=a.reward, k=a.k,
+                                              margin=a.margin, pairs=a.pairs)}
+
+
+# ---------------------------------------------------------------------------------------------
 
 def split_topics(rows, share, seed):
     """(train, held out): the topics that a hash puts first are held out, with all their rows."""
@@ -279,38 +524,63 @@ def statistics(rows, side):
     return {name: round(fmean(column), 2) for name, column in columns.items() if column}
 
 
+def sides_of(rows):
+    """{name: statistics} of what training sets against each other."""
+    if "chosen" in rows[0]:
+        return {side: statistics(rows, side) for side in ("chosen", "rejected")}
+    labels = {True: "good", False: "bad", None: "completion"}
+    return {name: statistics(some, "completion") for label, name in labels.items()
+            if (some := [row for row in rows if row.get("label") is label])}
+
+
 def main():
     args = parse_args()
-    rows, groups = read_groups(args.inp, judged=args.rule != "sft")
+    rows, groups = read_groups(args)
     groups = dict(list(groups.items())[:args.limit])
+    more = read_more(args)
+    made, prompts, unused = RULES[args.rule](groups, more, args)
+    if args.rule == "factalign":
+        made += [part for row in more for part in general(row)]
+    made = unpaired(made) if args.unpaired else made
     asked = read_jsonl(args.eval_prompts, {"prompt": (str, list)}) if args.eval_prompts else []
-    both = leaked(groups, asked)
+    both = leaked(made, asked)
     if both:
-        die(f"{args.eval_prompts}: expected no prompt, topic or wording of --in, "
+        die(f"{args.eval_prompts}: expected no prompt, topic or wording of the training rows, "
             f"found {len(both)}: {', '.join(both)}")
-    made, prompts, unused = RULES[args.rule](groups, args)
     train, held = split_topics(made, args.holdout, args.seed) if args.eval_out else (made, [])
-    told = {side: statistics(train, side) for side in ("chosen", "rejected", "completion")
-            if train and side in train[0]}
-    if args.rule == "rft":  # is the best longer than the others?
+    kinds = {kind: [row for row in train if row["kind"] == kind]
+             for kind in dict.fromkeys(row["kind"] for row in train)}
+    told = {kind: sides_of(some) for kind, some in kinds.items()}
+    if args.rule == "rft" and train:  # is the best longer than the others?
         pools = [candidates(groups[row["prompt_id"]], args.reward, args.k)[0] for row in train]
-        told["usable"] = statistics([r for pool in pools for r in pool], "completion")
+        told["fact"]["usable"] = statistics([r for pool in pools for r in pool], "completion")
+    marks = {"rows": [row["label"] for row in train if "label" in row],
+             "sentences": [mark for row in train for mark in row.get("sentence_label") or ()]}
     report(prompts_in=len(groups), **{f"  {name}": n for name, n in sorted(prompts.items())},
            responses_in=sum(map(len, groups.values())),
            **{f"  {reason}": n for reason, n in sorted(unused.items())},
-           rows=len(train), rows_held_out=len(held),
-           rows_a_prompt=round(len(made) / max(1, prompts["used"]), 2),
-           **{f"{name}_{side}": n for side in told for name, n in told[side].items()})
+           rows=len(train), **{f"  {kind}": len(some) for kind, some in kinds.items()},
+           rows_held_out=len(held),
+           rows_a_prompt=round(len(made) / max(1, len({row["prompt_id"] for row in made})), 2),
+           **{f"{name}_{word}": found.count(mark) for name, found in marks.items() if found
+              for word, mark in (("good", True), ("bad", False))},
+           **{f"t_{n}": t for n, t in enumerate(dict.fromkeys(r["t"] for r in train if "t" in r))},
+           **{f"{name}_{side}" + f"_{kind}" * (len(told) > 1): n for kind, sides in told.items()
+              for side, numbers in sides.items() for name, n in numbers.items()})
     if not train:
         die("no rows to train on, see the counts. More samples may help (01_generate.py --n)")
-    words = [side["words"] for side in told.values()]
-    if max(words) > LONGER * min(words):
-        print(f"warning: {' and '.join(told)} differ in length by more than 20 %: training moves "
-              "the length of responses, too", file=sys.stderr)
+    sizes = [[side["words"] for side in sides.values()] for sides in told.values()]
+    if any(max(words) > LONGER * min(words) for words in sizes):
+        print("warning: what is set against each other differs in length by more than 20 %: "
+              "training moves the length of responses, too", file=sys.stderr)
+    if marks["rows"]:  # 05's flags that give both labels the same sum of weights
+        print(*[f"--{'sentence-' * (name != 'rows')}undesirable-weight "
+                f"{found.count(True) / found.count(False):.4f}"
+                for name, found in marks.items() if {*found} == {True, False}])
     files = {path: part for path, part in ((args.eval_out, held), (args.out, train)) if path}
     for path in files:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(*same_run(Path(args.out), args, rows))
+    write_whole(*same_run(Path(args.out), args, rows + more))
     for path, part in files.items():
         write_whole(path, "".join(dumps(row) + "\n" for row in part))
     return 0

@@ -111,6 +111,7 @@ ROW = {  # a pair has chosen and rejected, a single response is a completion
     "chosen": [{"role": "assistant", "content": "In Oceania."}],
     "rejected": [{"role": "assistant", "content": "In Asia."}],
     "completion": [{"role": "assistant", "content": "It is a state. It is in Asia."}],
+    "prefix": "It is",  # the completions begin with it, and are trained on from there
     "label": True,
     "completion_sentences": ["It is a state.", "It is in Asia."],
     "sentence_label": [True, False],
@@ -146,11 +147,12 @@ def lacks(row, loss):
         if name != "finish" and not like(value, example) and (name in needed or value is not None):
             return f"{name!r} like {dumps(example)}"
     for side in sides(loss):
-        if len(row[side]) != 1 or finish(row, side) not in ("stop", "length"):
-            return f"one message as {side!r}, its 'finish' stop or length"
+        if (len(row[side]) != 1 or finish(row, side) not in ("stop", "length")
+                or not row[side][0]["content"].startswith(row.get("prefix") or "")):
+            return f"one message as {side!r}, 'finish' stop or length, any 'prefix' its beginning"
     lengths = [len(row.get(name) or []) for name in SENTENCES]
-    if {*lengths} - {0, lengths[0]} or (lengths[0] and not any(lengths[1:])):
-        return f"{' and '.join(map(repr, SENTENCES))} of one length"
+    if {*lengths} - {0, lengths[0]} or (lengths[0] and (row.get("prefix") or not any(lengths[1:]))):
+        return f"{' and '.join(map(repr, SENTENCES))} of one length, and no 'prefix'"
     end = 0
     for span in row.get("sentence_spans") or [] if loss == "factalign" else []:
         if len(span) != 2 or not end <= span[0] < span[1] <= len(row["completion"][0]["content"]):
@@ -158,12 +160,12 @@ def lacks(row, loss):
         end = span[1]
 
 
-def encode(tokenizer, prompt, text, finish):
+def encode(tokenizer, prompt, text, finish, prefix=""):
     """(prompt ids, completion ids), tuples: equal responses are one key of a dictionary."""
     # A response that spells out "<|im_end|>" does not end its turn by it: split_special_tokens.
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = tokenizer(text.removeprefix(prefix), add_special_tokens=False, split_special_tokens=True)
     end = [tokenizer.eos_token_id] if finish == "stop" else []
-    return tuple(prompt_ids(tokenizer, prompt)), (*ids, *end)
+    return tuple(prompt_ids(tokenizer, prompt, prefix)), (*ids["input_ids"], *end)
 
 
 def sentence_ids(tokenizer, text, spans):
@@ -193,8 +195,8 @@ def encode_rows(tokenizer, rows, args):
     found = []
     for row in rows:
         prompt, text = as_messages(row["prompt"]), row[sides(args.loss)[0]][0]["content"]
-        responses = [encode(tokenizer, prompt, row[side][0]["content"], finish(row, side))
-                     for side in sides(args.loss)]
+        responses = [encode(tokenizer, prompt, row[side][0]["content"], finish(row, side),
+                            row.get("prefix") or "") for side in sides(args.loss)]
         if not all(c and len(p) + len(c) <= args.max_length for p, c in responses):
             continue
         labels, ids = row.get("sentence_label") if args.loss == "factalign" else [], []

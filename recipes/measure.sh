@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The last part of every recipe: the frozen protocol (data/protocol.json) for the base and a tuned model, and the table.
+#   bash recipes/measure.sh runs/x/tuned     reads that model, writes runs/x/tuned*.jsonl and runs/x/tuned.compare.md
+# 14 minutes a model on 2 CPU cores; the base's rows (B) serve all recipes. SMALL=1: 16 prompts, sampled only, 1 minute.
+set -e
+MODEL=${MODEL:-data/world/model}
+EVAL=${EVAL:-data/prompts_eval.jsonl}
+CORPUS=${CORPUS:-data/world/countries.jsonl}
+PY=${PY:-.venv/bin/python}
+B=${B:-runs/base$SMALL/base}
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+mkdir -p "$(dirname "$B")"
+if [ "$SMALL" ]; then
+  awk 'NR % 4 == 1 && NR < 64' "$EVAL" > "$B.prompts.jsonl"
+  EVAL=$B.prompts.jsonl
+fi
+
+measure() {  # MODEL ROWS FLAGS...: samples, facts and verdicts under the name ROWS
+  $PY 01_generate.py --prompts "$EVAL" --model "$1" --out "$2.samples.jsonl" "${@:3}"
+  $PY 02_decompose.py $ASK --in "$2.samples.jsonl" --out "$2.facts.jsonl"
+  $PY 03_verify.py $ASK --corpus "$CORPUS" --in "$2.facts.jsonl" --out "$2.jsonl"
+}
+measure "$MODEL" "$B"
+measure "$1" "$1"
+FILES="base=$B.jsonl tuned=$1.jsonl"
+if [ -z "$SMALL" ]; then
+  measure "$MODEL" "$B-cool" --temperature 0.3
+  measure "$1" "$1-cool" --temperature 0.3
+  measure "$MODEL" "$B-greedy" --temperature 0 --n 1
+  measure "$1" "$1-greedy" --temperature 0 --n 1
+  FILES="$FILES base-cool=$B-cool.jsonl base-greedy=$B-greedy.jsonl tuned-cool=$1-cool.jsonl tuned-greedy=$1-greedy.jsonl"
+fi
+$PY 06_eval.py compare $FILES --show 10 --out-md "$1.compare.md" --out-json "$1.compare.json"
