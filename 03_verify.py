@@ -244,7 +244,7 @@ def rating(row, args, ask):
     """FLAME's instruction following (section 4.3): the mean of 3 judgements with reasons, or None;
     without a server whether the response passes the row's own check, as 5 or 1."""
     if not ask:
-        return 5.0 if re.search(row.get("check", args.check), row["response"].strip()) else 1.0
+        return 5.0 if re.search(row.get("check") or args.check, row["response"].strip()) else 1.0
     asked = template("rate", prompt=as_messages(row["prompt"])[-1]["content"],
                      response=row["response"])
     marks = [ask(asked, lambda reply: last_line(reply, r"(?i)\W*rating:\W*\[([1-5])\]\W*"),
@@ -334,7 +334,7 @@ def wrong_parts(row):
 
 def wrong_rate(row, args):
     """What was expected of a prompt without text, or without a server, a check that is no regex."""
-    check = "" if args.model else row.get("check", args.check)
+    check = "" if args.model else row.get("check") or args.check
     try:
         re.compile(as_messages(row["prompt"])[-1]["content"][:0] + check)
     except (re.error, OverflowError, LookupError, TypeError):

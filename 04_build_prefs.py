@@ -26,7 +26,8 @@ Writes  prefs.jsonl      whole; TRL's trainers for DPO, KTO and SFT read it unch
    "score_chosen": 0.5, "score_rejected": 0.0, "finish": {"chosen": "stop", "rejected": "length"}}
   A single response has "completion", factalign's also "label", "completion_sentences",
   "sentence_label", "sentence_spans". An atomic pair's prompt is the one that its answers were
-  sampled for; a "prefix" that they went on from opens both sides, and 05 trains on the rest.
+  sampled for; a "prefix" that they went on from opens both sides, and 05 trains on what follows it,
+  without an end of turn.
 
 The text trained on is the response up to its last whole sentence. Its finish is "stop" where the
 model ended its turn right there: only then does 05 append the end-of-turn token and train on it.
@@ -34,11 +35,11 @@ What makes no row is counted by its reason. A response: abstains, has more than 
 none that is S or NS (sft does not ask), has no whole sentence, has one 10-gram more than 5 times
 (FactAlign's code), or repeats another response to its prompt. A prompt: has too few usable ones
 ("few": sft needs one, the others two), or they all score alike ("tied"). factalign labels bad what
-abstains, states no fact or repeats itself, as its code does. Repeated facts count once, the first.
+states no fact or repeats itself, as its code does, or abstains. Repeated facts count once.
 
-Not as in the papers: FactTune pairs all. FactAlign's code counts irrelevant facts as false; here
-they leave F1@K alone. APEFT does not say where the two sides of an atomic pair come from: ours are
-the model's own answers; --keep unknown and known take the missing side from the fact's own words.
+Not as in the papers: FactTune's code pairs any two. FactAlign's code counts irrelevant facts as
+false; here they leave F1@K alone. Where the sides of APEFT's atomic pairs come from we found
+nowhere: ours are the model's own answers (--keep unknown, known: or a fact's own words).
 
   python 04_build_prefs.py facttune --in runs/demo/verified.jsonl --out runs/demo/prefs.jsonl \\
       --eval-out runs/demo/prefs_heldout.jsonl --eval-prompts data/prompts_eval.jsonl
@@ -46,6 +47,7 @@ the model's own answers; --keep unknown and known take the missing side from the
       --balance
 """
 import argparse
+import gc
 import hashlib
 import json
 import sys
@@ -71,6 +73,7 @@ def parse_args():
     add = shared.add_argument
     add("--in", dest="inp", nargs="+", required=True, metavar="FILE", help="03's rows (sft: 02's)")
     add("--out", required=True, metavar="FILE", help="JSONL to write")
+    add("--only", choices=["fact", "atomic", "if", "general"], help="ablation: one kind of rows")
     add("--eval-prompts", metavar="FILE", help="refuse the prompts and topics in there")
     add("--eval-out", metavar="FILE", help="set some topics aside there, to evaluate 05 on")
     add("--holdout", type=float, default=0.1, help="share of the topics set aside")
@@ -79,7 +82,7 @@ def parse_args():
     add("--overwrite", action="store_true", help="replace an OUT made with other flags")
     k, scored, paired = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     k.add_argument("--k", type=int, default=PROTOCOL["k"], help="K of F1@K (default: data/"
-                   "protocol.json's; FactAlign: 100)")
+                   "protocol.json's; FactAlign's own: 100)")
     scored.add_argument("--reward", default="precision", choices=["precision", "f1", *CONFIDENCE],
                         help="FactTune-FS: precision; F1@K; FactTune-MC: a confidence")
     add = paired.add_argument
@@ -88,14 +91,14 @@ def parse_args():
     add("--unpaired", action="store_true", help="each side once as a labelled row, for 05's kto")
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.set_defaults(reward=None, k=None, margin=0.0, t=0.0, t_s=0.0, precision_share=0.0, more=None,
-                   balance=None, unpaired=None)  # of the rules that have no such flag
+    p.set_defaults(reward=None, k=None, margin=0.0, unpaired=None, t=0.0, t_s=0.0, given=None,
+                   precision_share=0.0, general=None, answers=None)  # of rules without such flags
     rules = p.add_subparsers(dest="rule", required=True)
     rules.add_parser("facttune", parents=[shared, k, scored, paired], help="pairs")
     rules.add_parser("sft", parents=[shared], help="all responses as targets")
     rules.add_parser("rft", parents=[shared, k, scored], help="the best response as target")
     add = rules.add_parser("flame-sft", parents=[shared], help="own and given targets").add_argument
-    add("--given", dest="more", required=True, metavar="FILE", help="prompts with a response")
+    add("--given", required=True, metavar="FILE", help='rows with "prompt" and "response"')
     add("--targets", default="own", choices=["own", "given"], help="of fact-based prompts")
     rules.add_parser("flame", parents=[shared], help="pairs by rating and by precision")
     add = rules.add_parser("factalign", parents=[shared, k], help="labelled responses").add_argument
@@ -105,93 +108,27 @@ def parse_args():
         "(FactAlign's notebook)")
     add("--precision-share", type=float, default=0.0, metavar="P", help="label this share of the "
         "prompts by precision and the others by recall@K (Figure 3)")
-    add("--general", dest="more", metavar="FILE", help="rows of other abilities: 03's ratings, or "
+    add("--general", metavar="FILE", help="rows of other abilities: 03's ratings, or "
         "HuggingFaceH4/ultrafeedback_binarized:train_prefs, trl-lib/kto-mix-14k:train")
     add = rules.add_parser("apeft", parents=[shared, k, scored, paired], help="pairs").add_argument
-    add("--answers", dest="more", required=True, metavar="FILE", help="01's, which 03 judged")
+    add("--answers", required=True, metavar="FILE", help="01's, which 03 judged")
     add("--keep", default="potentially", choices=["unknown", "potentially", "known"],
         help="facts of D_a, by what the model knows (paper: potentially)")
     args = p.parse_args()
-    if args.k is None and (args.reward == "f1" or args.rule == "factalign"):
-        die("data/protocol.json has no K yet: give --k N (06_eval.py score: median_claims)")
     if any(n is not None and n < 1 for n in (args.k, args.limit)):
         die("expected --k and --limit of at least 1")
     if not (0 <= args.margin < 1 and 0 < args.holdout < 1 and 0 <= args.t < 1 and 0 <= args.t_s <= 1
             and 0 <= args.precision_share <= 1):
         die("expected --margin, --holdout, --t, --t-s and --precision-share between 0 and 1")
-    files = [f for f in (*args.inp, args.out, args.eval_out, args.eval_prompts) if f]
+    files = [f for f in (*args.inp, args.out, args.eval_out, args.eval_prompts, args.given,
+                         args.general, args.answers) if f]
     if len({Path(f).resolve() for f in files}) < len(files):
-        die("expected different files for --in, --out, --eval-out and --eval-prompts")
+        die("expected different files for all flags that take one")
     return args
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading
-
-def fault(row, args):
-    """What was expected inside a row of 02 or 03 and is not there; None where all is."""
-    if row.get("finish") not in ("stop", "length"):
-        return f"'finish' as stop or length (01_generate.py), not {row.get('finish')!r:.60}"
-    if args.rule == "flame" and not isinstance(row.get("rating", ""), (int, float, type(None))):
-        return "a 'rating' (03_verify.py --method rate)"
-    judged = not (args.rule in ("sft", "flame-sft") or args.reward in CONFIDENCE
-                  or args.rule == "flame" and not row.get("fact_based"))
-    for s in row["sentences"]:
-        if not (isinstance(s, dict) and isinstance(s.get("facts"), list)
-                and type(s.get("start")) is int and type(s.get("end")) is int
-                and 0 <= s["start"] <= s["end"] <= len(row["response"])):
-            return f"a sentence as {{start, end, facts}} within the response, not {s!r:.60}"
-        for fact in s["facts"]:
-            if not (isinstance(fact, dict) and isinstance(fact.get("text"), str)
-                    and fact.get("label", "none" if judged else None) in ("S", "NS", "IR", None)):
-                return f"a fact as {{text, label: S|NS|IR|null}} (03_verify.py), not {fact!r:.60}"
-
-
-def read_groups(args):
-    """(all rows, {prompt_id: its rows}) of --in in file order, every row checked."""
-    fields = {"prompt_id": str, "prompt": (str, list), "response": str, "sentences": list}
-    rows, groups, ids, seen = [], {}, set(), {}
-
-    def wrong(row):
-        prompt = row["prompt"], topic_of(row)
-        if row["id"] in ids:
-            return "an id that no earlier file has"
-        if seen.setdefault(row["prompt_id"], prompt) != prompt:
-            return f"the prompt and topic that {row['prompt_id']!r} had before"
-        return fault(row, args)
-
-    for path in args.inp:
-        made_by = "02_decompose.py" if args.rule in ("sft", "flame-sft") else "03_verify.py"
-        new = read_jsonl(path, fields, made_by, parts=wrong)
-        ids |= {row["id"] for row in new}
-        rows += new
-    for row in rows:
-        groups.setdefault(row["prompt_id"], []).append(row)
-    return rows, groups
-
-
-def read_more(args):
-    """Rows of --given, --answers or --general; of the last NAME:SPLIT may be a dataset, too."""
-    fields = {"flame-sft": {"prompt": (str, list), "response": str},
-              "apeft": {"prompt": (str, list), "prompt_id": str, "topic": str}}.get(args.rule, {})
-    if not args.more:
-        return []
-    if fields or Path(args.more).is_file():
-        return read_jsonl(args.more, fields, parts=lambda row: None if fields else odd(row))
-    from datasets import load_dataset
-    name, _, split = args.more.rpartition(":")
-    return [{"id": f"general-{n}", **row} for n, row in enumerate(load_dataset(name, split=split))]
-
-
-def odd(row):
-    """What is expected of a row of general data and not there; None where all is."""
-    sides = [row[side] for side in ("chosen", "rejected", "completion") if side in row]
-    texts = [row.get("response")] if "rating" in row else [
-        side[-1].get("content") for side in sides if isinstance(side, list) and side]
-    whole = {"chosen", "rejected"} <= set(row) or type(row.get("label")) is bool
-    if not (whole or "rating" in row) or not texts or {type(text) for text in texts} != {str}:
-        return "a response with its rating, or messages: chosen and rejected, completion and label"
-
+# One response: what of it is trained on, and its score
 
 def topic_of(row):
     return str(row.get("topic") or row.get("prompt_id") or row["id"])
@@ -202,17 +139,9 @@ def question_of(row):
     return row.get("question") or row.get("prefix")
 
 
-def leaked(rows, prompts):
-    """Ids of the prompts of `rows` that `prompts` has too: by id, by topic or by wording."""
-    ids = {row["id"] for row in prompts}
-    topics = {topic_of(row).casefold() for row in prompts}
-    wordings = {dumps(as_messages(row["prompt"])) for row in prompts}
-    return sorted({row["prompt_id"] for row in rows if row["prompt_id"] in ids
-                   or row["topic"].casefold() in topics or dumps(row["prompt"]) in wordings})
+def facts_of(row):
+    return [fact for sentence in row["sentences"] for fact in sentence["facts"]]
 
-
-# ---------------------------------------------------------------------------------------------
-# One response: what of it is trained on, and its score
 
 def training_text(row):
     """(text, finish): the response up to its last whole sentence, and whether a turn ends there.
@@ -232,10 +161,6 @@ def repeats(text, n=10):
     """How often the commonest n-gram of words occurs."""
     words = text.lower().split()
     return max(Counter(zip(*(words[i:] for i in range(n)))).values(), default=0)
-
-
-def facts_of(row):
-    return [fact for sentence in row["sentences"] for fact in sentence["facts"]]
 
 
 def verdicts(row, reward):
@@ -328,14 +253,15 @@ def preferences(responses, margin=0.0, pairs="best"):
             and round(a["score"] - b["score"], 9) > margin]  # in floats, 0.4 - 0.3 > 0.1
 
 
-def by_prompt(groups, make, *how):
-    """A rule that makes its rows of the usable responses to one prompt at a time."""
+def by_prompt(groups, make, *how, name=""):
+    """A rule that makes its rows of the usable responses to one prompt at a time; what it counts
+    has a name in front, where a paper has two such rules."""
     made, prompts, unused = [], Counter(), Counter()
     for rows in groups.values():
         responses, reasons = candidates(rows, *how)
         found = make(responses)
-        prompts["used" if found else "tied" if len(responses) > 1 else "few"] += 1
-        unused.update(reasons)
+        prompts[name + ("used" if found else "tied" if len(responses) > 1 else "few")] += 1
+        unused.update(name + reason for reason in reasons)
         made += found
     return made, prompts, unused
 
@@ -374,22 +300,19 @@ def flame_sft(groups, given, targets="own"):
 def flame(groups):
     """FLAME (section 4.3): pairs of the two extremes of a prompt, by rating and by precision."""
     def extremes(kind):
-        return lambda found: [pair(best, worst, kind) for best, worst in sorted(
+        return lambda found: [pair(*two, kind) for two in sorted(
             preferences(found), key=lambda two: two[1]["score"])[:1]]
 
-    def fits(row):
+    def near(row):
         a, b = (rating[name] for name in row["from"])
-        return a is not None and b is not None and abs(a - b) <= MAX_GAP
+        return a is not None and b is not None and round(abs(a - b), 9) <= MAX_GAP
 
     rating = {row["id"]: row["rating"] for rows in groups.values() for row in rows}
-    follow, *told = by_prompt(groups, extremes("if"), "rating")
-    facts, prompts, unused = by_prompt(fact_based(groups), extremes("fact"), "precision")
-    prompts["far"] = sum(not fits(row) for row in facts)
-    prompts["used"] -= prompts["far"]
-    counts = [Counter({f"if_{name}": n for name, n in one.items()}
-                      | {f"fact_{name}": n for name, n in other.items()})
-              for one, other in zip(told, (prompts, unused))]
-    return follow + list(filter(fits, facts)), *counts
+    follow, *told = by_prompt(groups, extremes("if"), "rating", name="if_")
+    facts, *more = by_prompt(fact_based(groups), extremes("fact"), "precision", name="fact_")
+    kept = [row for row in facts if near(row)]
+    more[0].update(fact_used=len(kept) - len(facts), fact_far=len(facts) - len(kept))
+    return follow + kept, told[0] + more[0], told[1] + more[1]
 
 
 def threshold(scores):
@@ -399,17 +322,21 @@ def threshold(scores):
 
 
 def sentence_labels(row, t_s):
-    """[(start, end, label)] of a response's sentences: is the share of S among its facts at least
-    t_s? (The paper's > would let none through at 1.) As in FactAlign's code what was said before,
-    and a 10-gram more than 3 times, is bad. Without facts, or with a null among them: no label."""
-    found, said = [], set()
+    """[(start, end, label)] of the sentences of a response's training text: is the share of S among
+    a sentence's facts at least t_s? (The paper's > would let none through at 1.) As in FactAlign's
+    code what was said before, and a 10-gram more than 3 times, is bad. Without facts, or with a
+    null among them: no label."""
+    found, said, text = [], set(), training_text(row)[0]
     for s in row["sentences"]:
-        text, labels = row["response"][s["start"]:s["end"]], [fact["label"] for fact in s["facts"]]
-        if text in said or repeats(text) > 3:
-            found.append((s["start"], s["end"], False))
+        start, end = (s[name] - row["sentences"][0]["start"] for name in ("start", "end"))
+        if end > len(text):
+            break  # cut
+        words, labels = text[start:end], [fact["label"] for fact in s["facts"]]
+        if words in said or repeats(words) > 3:
+            found.append((start, end, False))
         elif labels and None not in labels:
-            found.append((s["start"], s["end"], labels.count("S") >= t_s * len(labels)))
-        said.add(text)
+            found.append((start, end, labels.count("S") / len(labels) >= t_s))
+        said.add(words)
     return found
 
 
@@ -425,10 +352,8 @@ def factalign(groups, k, t=0.75, t_s=1.0, balance=False, precision_share=0.0, se
         t = threshold([row["score"] for row in found]) if balance else t
         prompts, unused = prompts + counts[0], unused + counts[1]
         for row in found:
-            text, row["t"], row["label"] = row["completion"][0]["content"], t, row["score"] > t
-            first = whole[row["id"]]["sentences"][0]["start"]
-            spans = [(start - first, end - first, label) for start, end, label
-                     in sentence_labels(whole[row["id"]], t_s) if end - first <= len(text)]
+            text, spans = row["completion"][0]["content"], sentence_labels(whole[row["id"]], t_s)
+            row |= {"t": t, "label": row["score"] > t}
             made.append({**row, "completion_sentences": [text[a:b] for a, b, _ in spans] or None,
                          "sentence_label": [label for *_, label in spans] or None,
                          "sentence_spans": [[a, b] for a, b, _ in spans] or None})
@@ -453,7 +378,7 @@ def general(row):
 
 def best_answer(facts, label):
     """The commonest answer to a question with this label, else what a fact that asks it says."""
-    own = [{"text": fact["answer"], "label": fact["label"], "count": 0}
+    own = [{"text": fact["answer"], "label": fact.get("label"), "count": 0}
            for fact in facts if "answer" in fact]
     return max((answer for answer in facts[0]["answers"] + own if answer["label"] == label),
                key=lambda answer: answer["count"], default={}).get("text")
@@ -461,14 +386,12 @@ def best_answer(facts, label):
 
 def atomic(asked, facts):
     """The pair of a question; the model gave the answers to this very prompt, after this prefix."""
-    prefix = asked.get("prefix", "")
-    sides = [[{"role": "assistant", "content": f"{prefix} {best_answer(facts, label)}".strip()}]
-             for label in ("S", "NS")]
-    return {"id": asked["prompt_id"], "prompt_id": asked["prompt_id"], "topic": asked["topic"],
-            "kind": "atomic", "prompt": as_messages(asked["prompt"]), "prefix": prefix,
-            "from": [f"{asked['prompt_id']} right", f"{asked['prompt_id']} wrong"],
-            "r": facts[0]["r"], "chosen": sides[0], "rejected": sides[1], "score_chosen": 1.0,
-            "score_rejected": 0.0, "finish": {"chosen": "length", "rejected": "length"}}
+    name, prefix = asked["prompt_id"], asked.get("prefix", "")
+    right, wrong = [
+        target({**asked, "id": f"{name} {side}"}, f"{prefix} {best_answer(facts, label)}".strip(),
+               "length", score=score)
+        for side, label, score in (("right", "S", 1.0), ("wrong", "NS", 0.0))]
+    return {**pair(right, wrong, "atomic"), "id": name, "prefix": prefix, "r": facts[0]["r"]}
 
 
 def apeft(groups, answers, keep="potentially", **how):
@@ -505,6 +428,110 @@ RULES = {
 
 
 # ---------------------------------------------------------------------------------------------
+# Reading, and what is told
+
+def fault(row, args):
+    """What was expected inside a row of 02 or 03 and is not there; None where all is."""
+    if row.get("finish") not in ("stop", "length"):
+        return f"'finish' as stop or length (01_generate.py), not {row.get('finish')!r:.60}"
+    if args.rule == "flame" and not is_score(row.get("rating", "")):
+        return "a 'rating' (03_verify.py --method rate)"
+    judged = not (args.rule in ("sft", "flame-sft") or args.reward in CONFIDENCE
+                  or args.rule == "flame" and not row.get("fact_based"))
+    for s in row["sentences"]:
+        if not (isinstance(s, dict) and isinstance(s.get("facts"), list)
+                and type(s.get("start")) is int and type(s.get("end")) is int
+                and 0 <= s["start"] <= s["end"] <= len(row["response"])):
+            return f"a sentence as {{start, end, facts}} within the response, not {s!r:.60}"
+        for fact in s["facts"]:
+            if not (isinstance(fact, dict) and isinstance(fact.get("text"), str)
+                    and fact.get("label", "none" if judged else None) in ("S", "NS", "IR", None)):
+                return f"a fact as {{text, label: S|NS|IR|null}} (03_verify.py), not {fact!r:.60}"
+            if not as_sampled(fact):
+                return f"'conf' and 'answers' as 03_verify.py writes them, not {fact!r:.60}"
+
+
+def as_sampled(fact):
+    conf, answers = fact.get("conf"), fact.get("answers") or []
+    return (conf is None or isinstance(conf, dict) and all(
+        is_score(conf.get(name, "")) for name in CONFIDENCE)) and isinstance(answers, list) and all(
+            isinstance(one, dict) and {"text", "label", "count"} <= set(one) for one in answers)
+
+
+def read_groups(args):
+    """(all rows, {prompt_id: its rows}) of --in in file order, every row checked."""
+    fields = {"prompt_id": str, "prompt": (str, list), "response": str, "sentences": list}
+    rows, groups, ids, seen = [], {}, set(), {}
+
+    def wrong(row):
+        prompt = row["prompt"], topic_of(row)
+        if row["id"] in ids:
+            return "an id that no earlier file has"
+        if seen.setdefault(row["prompt_id"], prompt) != prompt:
+            return f"the prompt and topic that {row['prompt_id']!r} had before"
+        found = fault(row, args)
+        for fact in [] if found else facts_of(row):
+            fact.pop("evidence", None)  # half of the memory; no rule looks at it
+        return found
+
+    for path in args.inp:
+        made_by = "02_decompose.py" if args.rule in ("sft", "flame-sft") else "03_verify.py"
+        new = read_jsonl(path, fields, made_by, parts=wrong)
+        ids |= {row["id"] for row in new}
+        rows += new
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    return rows, groups
+
+
+def read_more(args):
+    """Rows of --given, --answers or --general; of the last NAME:SPLIT may be a dataset, too."""
+    if args.given:
+        return read_jsonl(args.given, {"prompt": (str, list), "response": str})
+    if args.answers:
+        return read_jsonl(args.answers, {"prompt": (str, list), "prompt_id": str, "topic": str})
+    name, _, split = (args.general or "").rpartition(":")
+    if not name or Path(args.general).is_file():
+        return read_jsonl(args.general, parts=odd) if args.general else []
+    from datasets import load_dataset
+    try:
+        rows = [{"id": f"general-{n}", **row}
+                for n, row in enumerate(load_dataset(name, split=split))]
+    except (OSError, ValueError) as error:
+        die(f"{args.general}: expected a file or a dataset's NAME:SPLIT, found: {error!s:.200}")
+    for row in filter(odd, rows):
+        die(f"{args.general}: expected {odd(row)}, found {dumps(row)[:60]!r}")
+    return rows
+
+
+def odd(row):
+    """What is expected of a row of general data and not there; None where all is."""
+    def said(side):
+        last = row[side][-1] if isinstance(row.get(side), list) and row[side] else None
+        return isinstance(last, dict) and isinstance(last.get("content"), str)
+
+    if "rating" in row:
+        right = is_score(row["rating"]) and isinstance(row.get("response"), str)
+    elif "chosen" in row:
+        right = said("chosen") and said("rejected")
+    else:
+        right = said("completion") and type(row.get("label")) is bool
+    if not right or not isinstance(row.get("prompt"), (str, list)):
+        return "a prompt, and a rated response, or chosen and rejected, or completion and label"
+
+
+def is_score(value):
+    return value is None or type(value) in (int, float)
+
+
+def leaked(rows, prompts):
+    """Ids of the prompts of `rows` that `prompts` has too: by id, by topic or by wording."""
+    ids = {row["id"] for row in prompts}
+    topics = {topic_of(row).casefold() for row in prompts}
+    wordings = {dumps(as_messages(row["prompt"])) for row in prompts}
+    return sorted({row["prompt_id"] for row in rows if row["prompt_id"] in ids
+                   or row["topic"].casefold() in topics or dumps(row["prompt"]) in wordings})
+
 
 def split_topics(rows, share, seed):
     """(train, held out): the topics that a hash puts first are held out, with all their rows."""
@@ -535,18 +562,24 @@ def sides_of(rows):
 
 def main():
     args = parse_args()
+    gc.disable()  # rows hold no cycles: to look for some took a third of the time
     rows, groups = read_groups(args)
     groups = dict(list(groups.items())[:args.limit])
     more = read_more(args)
     made, prompts, unused = RULES[args.rule](groups, more, args)
+    if args.rule == "apeft" and not any(name.startswith("facts_") for name in prompts):
+        die(f"{args.answers}: expected answers to what the facts of --in ask, and --in judged by "
+            "03_verify.py --method answers, found none")
     if args.rule == "factalign":
         made += [part for row in more for part in general(row)]
-    made = unpaired(made) if args.unpaired else made
+    made = [row for row in (unpaired(made) if args.unpaired else made)
+            if args.only in (None, row["kind"])]
+    made.sort(key=lambda row: "prefix" not in row)  # `datasets` looks at 10 MB for columns
     asked = read_jsonl(args.eval_prompts, {"prompt": (str, list)}) if args.eval_prompts else []
     both = leaked(made, asked)
     if both:
         die(f"{args.eval_prompts}: expected no prompt, topic or wording of the training rows, "
-            f"found {len(both)}: {', '.join(both)}")
+            f"found {len(both)}: {', '.join(both[:9])}")
     train, held = split_topics(made, args.holdout, args.seed) if args.eval_out else (made, [])
     kinds = {kind: [row for row in train if row["kind"] == kind]
              for kind in dict.fromkeys(row["kind"] for row in train)}
@@ -578,11 +611,9 @@ def main():
                 f"{found.count(True) / found.count(False):.4f}"
                 for name, found in marks.items() if {*found} == {True, False}])
     files = {path: part for path, part in ((args.eval_out, held), (args.out, train)) if path}
-    for path in files:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(*same_run(Path(args.out), args, rows + more))
     for path, part in files.items():
-        write_whole(path, "".join(dumps(row) + "\n" for row in part))
+        write_whole(path, rows=part)
     return 0
 
 

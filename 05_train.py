@@ -472,7 +472,10 @@ def train(model, steps, held, reference, args, key, folder, log):
     import torch
     weights, start, end_of_log = [w for w in model.parameters() if w.requires_grad], 0, 0
     if args.optim == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            die("--optim adamw8bit needs the package bitsandbytes")
         optimizer = AdamW8bit(weights, weight_decay=0.0)
     elif args.optim == "rmsprop":
         optimizer = torch.optim.RMSprop(weights)

@@ -15,6 +15,7 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -55,6 +56,9 @@ def run(main):
         os._exit(130)  # at once: calls under way are not waited for
     except PermissionError as error:
         die(error)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)  # a fault of ours; 1 says that some rows failed or are not judged
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,15 +110,21 @@ def dumps(row):
     return json.dumps(row, ensure_ascii=False)
 
 
-def write_whole(path, text):
+def write_whole(path, text="", rows=()):
     """Write a file that must never be seen half written: aside, then renamed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8", newline="\n")
+    with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+        f.writelines(dumps(row) + "\n" for row in rows)
     os.replace(f"{path}.tmp", path)
 
 
 def digest(rows):
-    return hashlib.sha256("\n".join(map(dumps, rows)).encode()).hexdigest()
+    """sha256 of the rows' lines, line by line: joined they may need more memory than the rows."""
+    found = hashlib.sha256()
+    for n, row in enumerate(rows):
+        found.update(("\n" * (n > 0) + dumps(row)).encode())
+    return found.hexdigest()
 
 
 def same_run(out, args, rows):
@@ -218,7 +228,7 @@ def report(**numbers):
         numbers["cost"] = f"{numbers['cost']:.6f}"
     print("---", file=sys.stderr)
     for key, value in {**numbers, "seconds": round(time.time() - STARTED, 1)}.items():
-        print(f"{key + ':':<18}{value}", file=sys.stderr)
+        print(f"{key + ':':<17} {value}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------

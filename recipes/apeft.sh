@@ -1,47 +1,50 @@
 #!/usr/bin/env bash
-# APEFT (Xue et al. 2024, arXiv 2406.12416): FactTune's pairs of paragraphs (D_g) and pairs of single facts that the
-# model half knows (D_a), trained on together. The paper does not say how D_a is made, how large it is, how the two are
+# APEFT (Yuan et al. 2024, arXiv 2406.12416): FactTune's pairs of paragraphs (D_g) and pairs of single facts that the
+# model half knows (D_a), trained on together. We found nowhere how D_a is made, how large it is, how the two are
 # weighed or with what rates: all of it is ours. SMALL=1: 8 minutes on 2 CPU cores, which prove nothing.
 # Ablations: LOSS=dpo|ipo|rso|cpo|kto, ONLY=fact (D_g alone) or atomic, KEEP=unknown|potentially|known, WEIGHT=<of D_a>.
-# Real models: MODEL=<hub name> PROMPTS=<JSONL> EVAL=<JSONL> CORPUS=<passages> JUDGE=<name> BASE_URL=<URL> bash recipes/apeft.sh
+# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
 CORPUS=${CORPUS:-data/world/countries.jsonl}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
 PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
+OPEN=${OPEN-${JUDGE:+--open-search}}
 S=${S:-runs/samples$SMALL}   # prompts, samples, answers: shared with facttune_fs.sh, facttune_mc.sh, rft.sh
 R=${R:-runs/apeft$SMALL}
-TAKE=$([ "$SMALL" ] && echo 24 || echo 240)
+TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
+N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
 ANSWERS=${ANSWERS:-$([ "$SMALL" ] && echo 6 || echo 20)}   # answers a question
 LOSS=${LOSS:-dpo}
 mkdir -p $S $R
 
-# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: 12 of them.
+# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: six of them.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
 PROMPTS=${PROMPTS:-$S/prompts.jsonl}
 
 # D_g, as FactTune: samples of paragraphs, facts, verdicts. Each fact also becomes a question.
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n ${N:-6} --seed 1 --out $S/samples.jsonl
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl
-$PY 03_verify.py $ASK --in $S/asked.jsonl --corpus "$CORPUS" --out $S/judged.jsonl
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
+$PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl || [ $? = 1 ]
+$PY 03_verify.py $ASK $OPEN --in $S/asked.jsonl --corpus "$CORPUS" --out $S/judged.jsonl || [ $? = 1 ]
 
 # What does the model know? It answers each question 20 times; r is the share of answers that the verifier calls S.
 $PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed 1 --temperature 1 --top-p 0.9 \
     --max-new-tokens 15 --out $S/answers.jsonl
 $PY 03_verify.py --method answers ${JUDGE:+--judge llm --model $JUDGE --base-url $BASE_URL} --in $S/judged.jsonl \
-    --answers $S/answers.jsonl --corpus "$CORPUS" --out $R/known.jsonl
+    --answers $S/answers.jsonl --corpus "$CORPUS" --out $R/known.jsonl || [ $? = 1 ]
 
-# D_a: of each question with 0 < r < 1 the commonest right answer over the commonest wrong one; its prompt is the
-# question. One file holds both kinds: "fact" is D_g, "atomic" is D_a. KTO takes each side as a row
-# of its own, weighed (FLAGS) so that good and bad ones balance.
+# D_a: of each question with 0 < r < 1 the commonest right answer over the commonest wrong one. Its prompt is the one
+# they were sampled for: a judge's question, or "State one fact about X." and the fact's beginning, which opens both.
+# One file holds both kinds: "fact" is D_g, "atomic" is D_a. KTO takes each side as a row of its own; FLAGS are the
+# weights with which good and bad ones balance.
 FLAGS=$($PY 04_build_prefs.py apeft --in $R/known.jsonl --answers $S/answers.jsonl --keep ${KEEP:-potentially} \
-    --reward f1 --k 10 $([ $LOSS = kto ] && echo --unpaired) --eval-prompts "$EVAL" --out $R/both.jsonl \
-    --eval-out $R/heldout.jsonl)
-grep "\"kind\": \"${ONLY:-.*}\"" $R/both.jsonl > $R/prefs.jsonl
+    --reward ${REWARD:-f1} --k ${K:-10} $([ $LOSS = kto ] && echo --unpaired) ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" \
+    --out $R/prefs.jsonl --eval-out $R/heldout.jsonl)
 
 # Train on the two together, a pair of D_a weighing as much as one of D_g.
-$PY 05_train.py --loss $LOSS $FLAGS --prefs $R/prefs.jsonl --eval-prefs $R/heldout.jsonl --model "$MODEL" --full \
-    --kind-weights ${ONLY:-atomic}=${WEIGHT:-1} --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 --out $R/tuned
+$PY 05_train.py --loss $LOSS $FLAGS --prefs $R/prefs.jsonl --eval-prefs $R/heldout.jsonl --model "$MODEL" ${FULL---full} \
+    --kind-weights ${ONLY:-atomic}=${WEIGHT:-1} --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 \
+    --out $R/tuned $TRAIN
 $PY 06_eval.py plot apeft=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

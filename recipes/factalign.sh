@@ -3,57 +3,57 @@
 # facts; train KTO on the former and fKTO on the latter, together with data about other abilities; sample again from the
 # new policy on fresh prompts; three rounds. SMALL=1: 8 minutes on 2 CPU cores, which prove nothing.
 # Ablations (Table 3): LOSS=kto (no fKTO), GENERAL= (no general data), ONLY=general LOSS=kto (no factuality data),
-# ITERATIONS=1; Table 4: T=0.75 (instead of balancing), SENTENCE_BETA; Figure 3: PRECISION_SHARE.
-# Real models: MODEL=<hub name> PROMPTS=<JSONL, "part": 1|2|3> EVAL=<JSONL> CORPUS=<passages> JUDGE=<name> BASE_URL=<URL>
-#   K=100 T_S=1 GENERAL=trl-lib/kto-mix-14k:train LR=5e-7 bash recipes/factalign.sh
+# ITERATIONS=1; Table 4: T=0.75 (instead of balancing), SENTENCE_BETA; Figure 3: PRECISION_SHARE. The paper's own values:
+#   K=100 T=0.75 T_S=1 LR=5e-7 GENERAL=trl-lib/kto-mix-14k:train SAMPLE="--temperature 0.5 --max-new-tokens 1024"
+#   TRAIN="--max-length 2048 --optim adamw8bit" MEASURE="--max-new-tokens 1024" EVAL_K=100 bash recipes/factalign.sh
+# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
 CORPUS=${CORPUS:-data/world/countries.jsonl}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
 PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
-OPEN=${JUDGE:+--open-search}   # the paper searches all of Wikipedia
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
+OPEN=${OPEN-${JUDGE:+--open-search}}
 R=${R:-runs/factalign$SMALL}
 ITERATIONS=${ITERATIONS:-3}
 GENERAL=${GENERAL-$R/general.jsonl}
-TAKE=$([ "$SMALL" ] && echo 12 || echo 80)   # prompts a round
+N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
+TAKE=${SMALL:+6}   # prompts a round, or all
 mkdir -p $R
-# Prompts: 120 train countries in three parts, each country with two of its four aspects in turn.
+# Prompts: 120 train countries in three parts, each country with two of its four aspects in turn. Your own say which
+# round they are for: jq -c '.part = input_line_number % 3 + 1'.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl > $R/prompts.jsonl
 PROMPTS=${PROMPTS:-$R/prompts.jsonl}
 
 # General data: the paper takes UltraFeedback-binarized, its code kto-mix-14k. Here: two own responses to each of 60
 # instructions that are not about facts; good is what passes the instruction's check.
 if [ "$GENERAL" = $R/general.jsonl ]; then
-  $PY 01_generate.py --prompts data/prompts_general_train.jsonl --model "$MODEL" --n 2 --seed 1 --out $R/plain.jsonl
+  $PY 01_generate.py --prompts data/prompts_general_train.jsonl ${SMALL:+--limit 20} --model "$MODEL" --n 2 --out $R/plain.jsonl
   $PY 03_verify.py --method rate --in $R/plain.jsonl --out $R/general.jsonl
 fi
-
-# SFT_DATA=<JSONL "prompt", "completion">: the first stage that the paper gives Gemma-2B (Deita); no other model had one.
-M=$MODEL
+# SFT_DATA=<JSONL of prompts and completions, as messages>: a first stage, which the paper gives Gemma-2B alone (Deita).
+M=$MODEL IN=
 if [ "$SFT_DATA" ]; then
-  $PY 05_train.py --loss sft --prefs "$SFT_DATA" --model "$MODEL" --full --lr ${LR:-1e-5} --batch 32 --out $R/sft
+  $PY 05_train.py --loss sft --prefs "$SFT_DATA" --model "$MODEL" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --out $R/sft $TRAIN
   M=$R/sft
 fi
 for i in $(seq $ITERATIONS); do
   # Fresh prompts each round, answered by the policy of the round before, at the protocol's T 0.8 (paper: LongFact-like
   # prompts with a postamble, T 0.5).
-  grep "\"part\": $i" "$PROMPTS" | head -$TAKE > $R/prompts$i.jsonl
-  $PY 01_generate.py --prompts $R/prompts$i.jsonl --model "$M" --n ${N:-6} --seed $i --out $R/samples$i.jsonl
-  $PY 02_decompose.py $ASK --in $R/samples$i.jsonl --out $R/facts$i.jsonl
-  $PY 03_verify.py $ASK $OPEN --in $R/facts$i.jsonl --corpus "$CORPUS" --out $R/verified$i.jsonl
+  grep -E "\"part\": ?$i[,}]" "$PROMPTS" | head -n ${TAKE:-999999} > $R/prompts$i.jsonl
+  $PY 01_generate.py --prompts $R/prompts$i.jsonl --model "$M" --n $N --seed $i --out $R/samples$i.jsonl $SAMPLE
+  $PY 02_decompose.py $ASK --in $R/samples$i.jsonl --out $R/facts$i.jsonl || [ $? = 1 ]
+  $PY 03_verify.py $ASK $OPEN --in $R/facts$i.jsonl --corpus "$CORPUS" --out $R/verified$i.jsonl || [ $? = 1 ]
   IN="$IN $R/verified$i.jsonl"   # earlier rounds' rows stay
   # t is chosen so that good and bad responses balance (the authors' notebook; paper: 0.75 of F1@100), t_s 0.5 as for
   # their Llama-3 (paper: 1). FLAGS are the weights that balance what is left: without them a 135M model is destroyed.
   FLAGS=$($PY 04_build_prefs.py factalign --in $IN --k ${K:-10} ${T:+--t $T} $([ "$T" ] || echo --balance) \
     --t-s ${T_S:-0.5} --precision-share ${PRECISION_SHARE:-0} ${GENERAL:+--general $GENERAL} \
-    --eval-prompts "$EVAL" --out $R/all$i.jsonl)
-  grep "\"kind\": \"${ONLY:-.*}\"" $R/all$i.jsonl > $R/prefs$i.jsonl
-
+    ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" --out $R/prefs$i.jsonl)
   # KTO beta 0.1, fKTO beta 0.5, lambda 2 (section 5.1); one epoch; reference: the policy that the round starts from
-  # (their script; REF=base: the first model). The paper: lr 5e-7, 16 rows a step, 8-bit AdamW.
+  # (their script; REF=$MODEL, spelled out: the first model). The paper: 16 rows a step, too; lr 5e-7, 8-bit AdamW.
   $PY 05_train.py --loss ${LOSS:-factalign} $FLAGS --sentence-beta ${SENTENCE_BETA:-0.5} --prefs $R/prefs$i.jsonl \
-    --model "$M" --ref ${REF:-start} --full --lr ${LR:-1e-5} --batch 32 --save-every 10 --out $R/round$i
+    --model "$M" --ref ${REF:-start} ${FULL---full} --lr ${LR:-1e-5} --batch 16 --save-every 20 --out $R/round$i $TRAIN
   M=$R/round$i
 done
 $PY 06_eval.py plot $(for i in $(seq $ITERATIONS); do echo round$i=$R/round$i/log.jsonl; done) --out $R/curves.png

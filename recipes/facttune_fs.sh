@@ -1,42 +1,44 @@
 #!/usr/bin/env bash
 # FactTune-FS (Tian et al. 2023, arXiv 2311.08401): rank a model's own samples by how far a reference work
 # supports them, then DPO. In the embedded world, 2 CPU cores: 60 to 75 minutes; F1@5 11.4 -> 25.9 %, precision
-# 11.7 -> 25.7 % (RESULTS.md). SMALL=1: 5 minutes, which prove nothing. Stopped anywhere, the same command goes on.
-# Real models: MODEL=<hub name> CORPUS=<passages> PROMPTS=<JSONL> EVAL=<JSONL> JUDGE=<name> BASE_URL=<URL> bash recipes/facttune_fs.sh
+# 11.7 -> 25.7 % (RESULTS.md). SMALL=1: 5 minutes, which prove nothing.
+# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
 CORPUS=${CORPUS:-data/world/countries.jsonl}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
 PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
+OPEN=${OPEN-${JUDGE:+--open-search}}
 S=${S:-runs/samples$SMALL}   # prompts, samples, verdicts: shared with facttune_mc.sh, apeft.sh, rft.sh
 R=${R:-runs/facttune_fs$SMALL}
-TAKE=$([ "$SMALL" ] && echo 24 || echo 240)
+TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
+N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
 mkdir -p $S $R
 
-# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: 12 of them.
+# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: six of them.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
 PROMPTS=${PROMPTS:-$S/prompts.jsonl}
 
 # Sample. The paper: 10 responses a prompt at T 1.0; here 6 at the protocol's T 0.8. 10 minutes.
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n ${N:-6} --seed 1 --out $S/samples.jsonl
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
 # SFT=1: the paper's first stage, all samples as targets; an instruct model does without on its own samples.
 if [ "$SFT" ]; then
   $PY 02_decompose.py --in $S/samples.jsonl --out $R/sentences.jsonl
   $PY 04_build_prefs.py sft --in $R/sentences.jsonl --eval-prompts "$EVAL" --out $R/sft.jsonl
-  $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" --full --lr 1e-5 --out $R/sft
+  $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" ${FULL---full} --lr 1e-5 --out $R/sft $TRAIN
   START=$R/sft
 fi
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl
-$PY 03_verify.py $ASK --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl
+$PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 ]
+$PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
 
 # The best response of a prompt against each that scores lower (the paper's summary; PAIRS=all: its code).
 # The paper's reward is precision; here F1@10: precision alone teaches to say less (RESULTS.md).
-$PY 04_build_prefs.py facttune --in $S/verified.jsonl --reward ${REWARD:-f1} --k 10 --pairs ${PAIRS:-best} \
+$PY 04_build_prefs.py facttune --in $S/verified.jsonl --reward ${REWARD:-f1} --k ${K:-10} --pairs ${PAIRS:-best} \
     --eval-prompts "$EVAL" --out $R/prefs.jsonl --eval-out $R/prefs_heldout.jsonl
 
 # Train. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT; a 135M model needs a higher rate. 20 minutes.
-$PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "${START:-$MODEL}" --full \
-    --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 --out $R/tuned
+$PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "${START:-$MODEL}" ${FULL---full} \
+    --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 --out $R/tuned $TRAIN
 $PY 06_eval.py plot facttune=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

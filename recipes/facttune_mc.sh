@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
 # FactTune-MC (Tian et al. 2023, arXiv 2311.08401): no reference work. A response is the better, the surer the model is
 # of its facts: it is asked about each again and again, and its confidence is how far its answers agree; then DPO.
-# SMALL=1: 6 minutes on 2 CPU cores, which prove nothing. Stopped anywhere, the same command goes on.
-# Real models: MODEL=<hub name> PROMPTS=<JSONL> EVAL=<JSONL> JUDGE=<name> BASE_URL=<URL> CORPUS=<file> bash recipes/facttune_mc.sh
-# (the judge takes apart and asks; what it says about truth only measures the tuned model).
+# SMALL=1: 6 minutes on 2 CPU cores, which prove nothing.
+# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
 PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
 S=${S:-runs/samples$SMALL}   # prompts, samples, answers: shared with facttune_fs.sh, apeft.sh, rft.sh
 R=${R:-runs/facttune_mc$SMALL}
-TAKE=$([ "$SMALL" ] && echo 24 || echo 240)
+TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
+N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
 ANSWERS=${ANSWERS:-$([ "$SMALL" ] && echo 6 || echo 20)}   # answers a question; the paper's 20
 mkdir -p $S $R
 
-# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: 12 of them.
+# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: six of them.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
 PROMPTS=${PROMPTS:-$S/prompts.jsonl}
 
 # Sample (the paper: 10 responses a prompt at T 1.0), and ask for each fact. Without a judge a question is the fact's
 # beginning, to go on from: the paper's entity variant.
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n ${N:-6} --seed 1 --out $S/samples.jsonl
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
+$PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl || [ $? = 1 ]
 
 # The model answers each question 20 times: T 1.0, top-p 0.9, at most 15 tokens (section 3.2 and the code).
 $PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed 1 --temperature 1 --top-p 0.9 \
     --max-new-tokens 15 --out $S/answers.jsonl
-$PY 03_verify.py --method confidence --in $S/asked.jsonl --answers $S/answers.jsonl --out $R/confident.jsonl
+$PY 03_verify.py --method confidence --in $S/asked.jsonl --answers $S/answers.jsonl --out $R/confident.jsonl || [ $? = 1 ]
 
 # The mean over a response's facts of the largest share of like answers (max; its code has exp and neg_ent, too).
 $PY 04_build_prefs.py facttune --in $R/confident.jsonl --reward ${REWARD:-max} --pairs ${PAIRS:-best} \
     --eval-prompts "$EVAL" --out $R/prefs.jsonl --eval-out $R/prefs_heldout.jsonl
 
 # Train as facttune_fs.sh does. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT.
-$PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "$MODEL" --full \
-    --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 --out $R/tuned
+$PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "$MODEL" ${FULL---full} \
+    --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 --out $R/tuned $TRAIN
 $PY 06_eval.py plot facttune_mc=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

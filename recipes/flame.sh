@@ -3,18 +3,19 @@
 # facts the targets are the model's own answers, of the others a person's. DPO: pairs by how well an instruction is
 # followed, and of fact-based ones also pairs by how true the answers are. SMALL=1: 9 minutes on 2 CPU cores, no proof.
 # Ablations: SFT=0 (DPO from MODEL), TARGETS=given (SFT on people's answers alone), ONLY=if or fact (pairs of one kind).
-# Real models: MODEL=<hub name> GIVEN=<JSONL "prompt", "response"> PROMPTS=<JSONL> MORE= EVAL=<JSONL> CORPUS=<passages>
-#   JUDGE=<name> BASE_URL=<URL> bash recipes/flame.sh     (PROMPTS: DPO's, with "fact_based" by 01_generate.py --classify)
+# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
 CORPUS=${CORPUS:-data/world/countries.jsonl}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
-DEMOS=${DEMOS:-data/demonstrations.jsonl}
+DEMOS=${DEMOS:-${GIVEN:-data/demonstrations.jsonl}}
 PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
+OPEN=${OPEN-${JUDGE:+--open-search}}
 RATE=${JUDGE:+--model $JUDGE --base-url $BASE_URL}               # without one: the prompts' checks
 R=${R:-runs/flame$SMALL}
-TAKE=$([ "$SMALL" ] && echo 24 || echo 240)
+TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
+N=${N:-$([ "$SMALL" ] && echo 4 || echo 10)}   # own answers for SFT
 mkdir -p $R
 # Prompts: 120 train countries, each with two of its four aspects in turn (fact-based), and 60 other instructions.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $R/prompts.jsonl
@@ -23,19 +24,20 @@ MORE=${MORE-data/prompts_general_train.jsonl}
 # SFT (section 4.2). The paper elicits 10 answers a fact-based instruction from the pretrained model, after the five
 # most similar demonstrations (T 0.7, top-p 0.9). Here that model is an instruct model: there is no other.
 if [ "$GIVEN" ]; then
-  $PY 01_generate.py --classify --prompts "$GIVEN" --model "${JUDGE:-$MODEL}" ${JUDGE:+--base-url $BASE_URL} --out $R/given.jsonl
+  $PY 01_generate.py --classify --prompts "$GIVEN" --model "${JUDGE:-$MODEL}" ${JUDGE:+--base-url $BASE_URL} \
+      --out $R/given.jsonl || [ $? = 1 ]
   grep '"fact_based": true' $R/given.jsonl > $R/asking.jsonl
 else
   sed 's/"example":/"response":/' data/prompts_general_train.jsonl > $R/given.jsonl
   cp "$PROMPTS" $R/asking.jsonl
 fi
 if [ "$SFT" != 0 ]; then
-  $PY 01_generate.py --prompts $R/asking.jsonl --few-shot "$DEMOS" --model "$MODEL" --n ${N:-10} --seed 1 \
-      --temperature 0.7 --top-p 0.9 --out $R/elicited.jsonl
+  $PY 01_generate.py --prompts $R/asking.jsonl --few-shot "$DEMOS" --model "$MODEL" --n $N --seed 1 \
+      --temperature 0.7 --top-p 0.9 --out $R/elicited.jsonl $SAMPLE
   $PY 02_decompose.py --in $R/elicited.jsonl --out $R/sentences.jsonl
   $PY 04_build_prefs.py flame-sft --in $R/sentences.jsonl --given $R/given.jsonl --targets ${TARGETS:-own} \
       --eval-prompts "$EVAL" --out $R/sft.jsonl
-  $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" --full --lr ${LR:-1e-5} --batch 32 --out $R/sft
+  $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --out $R/sft $TRAIN
 fi
 START=$([ "$SFT" = 0 ] && echo "$MODEL" || echo $R/sft)
 
@@ -43,18 +45,16 @@ START=$([ "$SFT" = 0 ] && echo "$MODEL" || echo $R/sft)
 # (the paper: the SFT model judges). How true the fact-based ones are: the share of supported facts.
 cat "$PROMPTS" $MORE > $R/instructions.jsonl
 $PY 01_generate.py --prompts $R/instructions.jsonl --model "$START" --n 4 --seed 2 --temperature 0.7 --top-p 0.9 \
-    --out $R/samples.jsonl
-$PY 02_decompose.py $ASK --in $R/samples.jsonl --out $R/facts.jsonl
+    --out $R/samples.jsonl ${SMALL:+--limit 32} $SAMPLE
+$PY 02_decompose.py $ASK --in $R/samples.jsonl --out $R/facts.jsonl || [ $? = 1 ]
 THREE='(?s)\A(?:[^.!?]|[.!?](?!\s|\Z))+[.!?](?:\s+(?:[^.!?]|[.!?](?!\s|\Z))+[.!?]){2}\Z'   # "In three sentences, ..."
-$PY 03_verify.py --method rate ${RATE:---check "$THREE"} --in $R/facts.jsonl --out $R/rated.jsonl
+$PY 03_verify.py --method rate ${RATE:---check "$THREE"} --in $R/facts.jsonl --out $R/rated.jsonl || [ $? = 1 ]
 grep '"fact_based": true' $R/rated.jsonl > $R/fact_rated.jsonl
-grep -v '"fact_based": true' $R/rated.jsonl > $R/other_rated.jsonl
-$PY 03_verify.py $ASK --in $R/fact_rated.jsonl --corpus "$CORPUS" --out $R/verified.jsonl
-$PY 04_build_prefs.py flame --in $R/verified.jsonl $R/other_rated.jsonl --eval-prompts "$EVAL" --out $R/both.jsonl
-grep "\"kind\": \"${ONLY:-.*}\"" $R/both.jsonl > $R/prefs.jsonl
-
+$PY 03_verify.py $ASK $OPEN --in $R/fact_rated.jsonl --corpus "$CORPUS" --out $R/verified.jsonl || [ $? = 1 ]
+{ cat $R/verified.jsonl; grep -v '"fact_based": true' $R/rated.jsonl || true; } > $R/both.jsonl
+$PY 04_build_prefs.py flame --in $R/both.jsonl ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" --out $R/prefs.jsonl
 # A step takes as many pairs of either kind (the paper's uniform sampling; beta 0.1, 64 pairs a step, lr 1e-6 -> 1e-7).
-$PY 05_train.py --halves --prefs $R/prefs.jsonl --model "$START" --full --lr ${LR:-1e-5} --batch 32 --epochs 2 \
-    --save-every 10 --out $R/tuned
+$PY 05_train.py --halves --prefs $R/prefs.jsonl --model "$START" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --epochs 2 \
+    --save-every 10 --out $R/tuned $TRAIN
 $PY 06_eval.py plot flame=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

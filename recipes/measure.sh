@@ -2,13 +2,21 @@
 # The last part of every recipe: the frozen protocol (data/protocol.json) for the base and a tuned model, and the table.
 #   bash recipes/measure.sh runs/x/tuned     reads that model, writes runs/x/tuned*.jsonl and runs/x/tuned.compare.md
 # 14 minutes a model on 2 CPU cores; the base's rows (B) serve all recipes. SMALL=1: 16 prompts, sampled only, 1 minute.
+#
+# The variables of all recipes. MODEL, PROMPTS, EVAL, CORPUS: a chat model, prompts to learn from and to measure on,
+# passages. JUDGE, BASE_URL: a model on a server that takes apart, asks, rates and judges, instead of rules; it searches
+# the whole corpus, with OPEN= the topic's page. SAMPLE, TRAIN, MEASURE: further flags for 01 where the policy is sampled,
+# for 05, for 01 in here, which win: TRAIN="--optim rmsprop --epochs 1". EVAL_K: another K. FULL=--merge: LoRA instead of
+# all weights (fp32: 16 bytes a parameter). R, S, B: folders of a run, of shared samples, of the base's rows: other
+# models, judges and ablations need others. Exit 1 of 02 and 03 is let pass: what failed or was not judged is set aside.
 set -e
 MODEL=${MODEL:-data/world/model}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
 CORPUS=${CORPUS:-data/world/countries.jsonl}
 PY=${PY:-.venv/bin/python}
 B=${B:-runs/base$SMALL/base}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}
+OPEN=${OPEN-${JUDGE:+--open-search}}
 mkdir -p "$(dirname "$B")"
 if [ "$SMALL" ]; then
   awk 'NR % 4 == 1 && NR < 64' "$EVAL" > "$B.prompts.jsonl"
@@ -16,9 +24,9 @@ if [ "$SMALL" ]; then
 fi
 
 measure() {  # MODEL ROWS FLAGS...: samples, facts and verdicts under the name ROWS
-  $PY 01_generate.py --prompts "$EVAL" --model "$1" --out "$2.samples.jsonl" "${@:3}"
-  $PY 02_decompose.py $ASK --in "$2.samples.jsonl" --out "$2.facts.jsonl"
-  $PY 03_verify.py $ASK --corpus "$CORPUS" --in "$2.facts.jsonl" --out "$2.jsonl"
+  $PY 01_generate.py --prompts "$EVAL" --model "$1" --out "$2.samples.jsonl" $MEASURE "${@:3}"
+  $PY 02_decompose.py $ASK --in "$2.samples.jsonl" --out "$2.facts.jsonl" || [ $? = 1 ]
+  $PY 03_verify.py $ASK $OPEN --corpus "$CORPUS" --in "$2.facts.jsonl" --out "$2.jsonl" || [ $? = 1 ]
 }
 measure "$MODEL" "$B"
 measure "$1" "$1"
@@ -30,4 +38,4 @@ if [ -z "$SMALL" ]; then
   measure "$1" "$1-greedy" --temperature 0 --n 1
   FILES="$FILES base-cool=$B-cool.jsonl base-greedy=$B-greedy.jsonl tuned-cool=$1-cool.jsonl tuned-greedy=$1-greedy.jsonl"
 fi
-$PY 06_eval.py compare $FILES --show 10 --out-md "$1.compare.md" --out-json "$1.compare.json"
+$PY 06_eval.py compare $FILES ${EVAL_K:+--k $EVAL_K} --show 10 --out-md "$1.compare.md" --out-json "$1.compare.json"

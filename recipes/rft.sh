@@ -2,28 +2,31 @@
 # Rejection-sampling fine-tuning (RAFT, Dong et al. 2023, arXiv 2304.06767): SFT on the best of a model's own
 # samples for each prompt. No paper of the four; the cheapest thing that they have to beat.
 # It takes facttune_fs.sh's samples and verdicts (and makes them, with the same commands, if they are missing).
+# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
 CORPUS=${CORPUS:-data/world/countries.jsonl}
 EVAL=${EVAL:-data/prompts_eval.jsonl}
 PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # without a judge: rules
+ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
+OPEN=${OPEN-${JUDGE:+--open-search}}
 S=${S:-runs/samples$SMALL}   # prompts, samples, verdicts: shared with facttune_fs.sh
 R=${R:-runs/rft$SMALL}
-TAKE=$([ "$SMALL" ] && echo 24 || echo 240)
+TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
+N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
 mkdir -p $S $R
 
 # 10 minutes, as in facttune_fs.sh: 240 prompts x 6 samples.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
 PROMPTS=${PROMPTS:-$S/prompts.jsonl}
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n ${N:-6} --seed 1 --out $S/samples.jsonl
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl
-$PY 03_verify.py $ASK --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
+$PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 ]
+$PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
 
 # The best of each prompt, by the reward of facttune_fs.sh; prompts whose samples all score alike are left out.
-$PY 04_build_prefs.py rft --in $S/verified.jsonl --reward ${REWARD:-f1} --k 10 --eval-prompts "$EVAL" \
+$PY 04_build_prefs.py rft --in $S/verified.jsonl --reward ${REWARD:-f1} --k ${K:-10} --eval-prompts "$EVAL" \
     --out $R/sft.jsonl --eval-out $R/sft_heldout.jsonl
-$PY 05_train.py --prefs $R/sft.jsonl --eval-prefs $R/sft_heldout.jsonl --model "$MODEL" --full --loss sft \
-    --lr ${LR:-3e-5} --epochs 3 --out $R/tuned
+$PY 05_train.py --prefs $R/sft.jsonl --eval-prefs $R/sft_heldout.jsonl --model "$MODEL" ${FULL---full} --loss sft \
+    --lr ${LR:-3e-5} --epochs 3 --out $R/tuned $TRAIN
 $PY 06_eval.py plot rft=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

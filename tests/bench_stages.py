@@ -1,20 +1,24 @@
 """
-Sampling, judge calls and search, each beside what it replaces. Part of `make bench`; 10 minutes.
+Sampling, judge calls and search, each beside what it replaces. Part of `make bench`; 15 minutes.
 
 Sampling: 01's loop beside transformers' generate, same model and settings, in turn in
 one process, tokens a second up to the end of each turn. Judge calls: a server of its own process
-answers after 500 ms (test_chat.py). Search: FTS5 beside rank-bm25 (test_corpus.py).
+answers after 500 ms (test_chat.py). Search: FTS5 beside rank-bm25 (test_corpus.py). And what 04
+takes for 100,000 responses.
 """
 import argparse
+import os
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 from conftest import ROOT, read_rows, stage
 
-from common import as_messages, load_model, prompt_ids
+from common import as_messages, dumps, load_model, prompt_ids
 
 generate = stage("01_generate")
 MODEL = str(ROOT / "data" / "world" / "model")
@@ -82,9 +86,37 @@ def sampling():
                  lambda: ours(*say, asked, 20, 15), lambda: theirs(*say, asked, 20, 15))
 
 
+def prefs(n=100_000):
+    """Seconds and peak memory (on Linux) of 04 on n made-up responses of 3 KB, 6 to a prompt."""
+    draw, quiet = random.Random(0), subprocess.DEVNULL
+    words = ["".join(draw.choices("abdeiklmnorstuvz", k=7)) for _ in range(50_000)]
+
+    def row(i):
+        say, p = lambda k: " ".join(draw.choices(words, k=k)), i // 6  # 8 k - 1 letters
+        facts = [{"text": say(9), "label": draw.choice(["S", "NS"]), "evidence": [
+            {"title": f"Topic {p}", "text": say(24)}]} for _ in range(6)]
+        parts = [{"text": say(15), "start": 120 * j, "end": 120 * j + 119, "facts": facts[j::3]}
+                 for j in range(3)]
+        return {"id": f"{p}/{i % 6}", "prompt_id": f"{p}", "topic": f"Topic {p}", "finish": "stop",
+                "prompt": f"Tell me of {p}.", "response": " ".join(s["text"] for s in parts),
+                "fact_based": True, "rating": i % 5 + 1, "sentences": parts}
+
+    print(f"\n| 04 on {n} responses | seconds | GB |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as at:
+        with open(f"{at}/in", "w") as f:  # row by row: a child's peak is at least its parent's
+            f.writelines(dumps(row(i)) + "\n" for i in range(n))
+        for rule in ("facttune --reward f1", "factalign --balance", "flame"):
+            flags = f"{rule} --in {at}/in --out {at}/{rule[:6]} --eval-out {at}/held"
+            begun, command = time.time(), [sys.executable, ROOT / "04_build_prefs.py"]
+            child = subprocess.Popen(command + flags.split(), stdout=quiet, stderr=quiet)
+            _, status, used = os.wait4(child.pid, 0)
+            print(f"| {rule} | {time.time() - begun:.0f} | {used.ru_maxrss * 1024e-9:.2f} |"
+                  + " failed" * (status > 0), flush=True)
+
+
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--only", choices=["sampling", "calls", "search"], help="one of the three")
+    p.add_argument("--only", choices=["sampling", "calls", "search", "prefs"], help="one of these")
     return p.parse_args()
 
 
@@ -95,3 +127,5 @@ if __name__ == "__main__":
     for part, script in (("calls", "test_chat.py"), ("search", "test_corpus.py")):
         if args.only in (None, part):
             subprocess.run([sys.executable, ROOT / "tests" / script], cwd=ROOT, check=True)
+    if args.only in (None, "prefs"):
+        prefs()
