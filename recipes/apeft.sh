@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # APEFT (Yuan et al. 2024, arXiv 2406.12416): FactTune's pairs of paragraphs (D_g) and pairs of single facts that the
 # model half knows (D_a), trained on together. We found nowhere how D_a is made, how large it is, how the two are
-# weighed or with what rates: all of it is ours. SMALL=1: 8 minutes on 2 CPU cores, which prove nothing.
+# weighed or with what rates: all of it is ours. SMALL=1: 5 minutes on 2 CPU cores, which prove nothing.
 # Ablations: LOSS=dpo|ipo|rso|cpo|kto, ONLY=fact (D_g alone) or atomic, KEEP=unknown|potentially|known, WEIGHT=<of D_a>.
 # Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FactTune-FS (Tian et al. 2023, arXiv 2311.08401): rank a model's own samples by how far a reference work
 # supports them, then DPO. In the embedded world, 2 CPU cores: 60 to 75 minutes; F1@5 11.4 -> 25.9 %, precision
-# 11.7 -> 25.7 % (RESULTS.md). SMALL=1: 5 minutes, which prove nothing.
+# 11.7 -> 25.7 % (RESULTS.md). SMALL=1: 3 minutes, which prove nothing.
 # Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}

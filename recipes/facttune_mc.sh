@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FactTune-MC (Tian et al. 2023, arXiv 2311.08401): no reference work. A response is the better, the surer the model is
 # of its facts: it is asked about each again and again, and its confidence is how far its answers agree; then DPO.
-# SMALL=1: 6 minutes on 2 CPU cores, which prove nothing.
+# SMALL=1: 5 minutes on 2 CPU cores, which prove nothing.
 # Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
 MODEL=${MODEL:-data/world/model}
