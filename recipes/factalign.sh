@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FactAlign (Huang and Chen 2024, arXiv 2410.01691): label the policy's own responses by F1@K, their sentences by their
 # facts; train KTO on the former and fKTO on the latter, together with data about other abilities; sample again from the
-# new policy on fresh prompts; three rounds. SMALL=1: 8 minutes on 2 CPU cores, which prove nothing.
+# new policy on fresh prompts; three rounds. SMALL=1: 7 minutes on 2 CPU cores, which prove nothing.
 # Ablations (Table 3): LOSS=kto (no fKTO), GENERAL= (no general data), ONLY=general LOSS=kto (no factuality data),
 # ITERATIONS=1; Table 4: T=0.75 (instead of balancing), SENTENCE_BETA; Figure 3: PRECISION_SHARE. The paper's own values:
 #   K=100 T=0.75 T_S=1 LR=5e-7 GENERAL=trl-lib/kto-mix-14k:train SAMPLE="--temperature 0.5 --max-new-tokens 1024"
