@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FLAME (Lin et al. 2024, arXiv 2405.01525): instruction tuning without new untruths. SFT: of instructions that ask for
 # facts the targets are the model's own answers, of the others a person's. DPO: pairs by how well an instruction is
-# followed, and of fact-based ones also pairs by how true the answers are. SMALL=1: 9 minutes on 2 CPU cores, no proof.
+# followed, and of fact-based ones also pairs by how true the answers are. SMALL=1: 5 minutes on 2 CPU cores, no proof.
 # Ablations: SFT=0 (DPO from MODEL), TARGETS=given (SFT on people's answers alone), ONLY=if or fact (pairs of one kind).
 # Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
 set -e
