@@ -1,10 +1,10 @@
 """
-Stage 6. Score verified responses, compare models, hold a verifier against human labels, plot logs.
+Stage 6. Score verified responses, compare models, question the checker, show what changed.
 
 Reads   03's rows {"id", "prompt_id", "topic", "response", "finish", "abstained", "sentences":
         [{"facts": [{"text", "label", "kind", "human"?}]}]}, labels S, NS, IR or null; FActScore's
-        human-labelled files go in as they are; for plot 05's log.jsonl
-Writes  tables on stdout (compare also files), a picture; `score --json` prints one object:
+        human-labelled files go in as they are; shift reads 01's greedy rows, plot 05's log.jsonl
+Writes  tables on stdout (compare also files), pictures; `score --json` prints one object:
   {"n_prompts": 104, "n_responses": 416, "n_topics": 26, "k": 5, "label": "label",
    "median_claims": 4.5, "metrics": {"f1_at_k": {"mean": 0.12, "lo": 0.10, "hi": 0.15}, ...},
    "by_kind": {"border": {"share": {"mean": 0.24, ...}, "precision": {"mean": 0.31, ...}}, ...}}
@@ -19,6 +19,8 @@ Intervals are 95 % percentile bootstraps over topics: a topic's prompts are draw
   * More than 20 % of its facts null: unjudged, out of every figure made of labels.
   * compare holds any NAME but base, base-cool and base-greedy against base and the better of these
     three, column by column; NAME-cool and NAME-greedy are rows without a verdict.
+  * calibration: facts that have both a confidence and a verdict (03 twice over the same rows).
+  * shift: the tuned model's first choices along its greedy responses, ranked by the base.
 
 Not as in the papers: SAFE and FactAlign count repeated facts again and fix K (64, 100); here K is
 the base's median_claims (S+NS of its judged dev responses), rounded up, kept in data/protocol.json.
@@ -26,7 +28,9 @@ the base's median_claims (S+NS of its judged dev responses), rounded up, kept in
   python 06_eval.py score --in runs/demo/base.jsonl
   python 06_eval.py compare base=b.jsonl base-cool=bc.jsonl tuned=t.jsonl rft=r.jsonl --show 3
   python 06_eval.py agreement --in runs/label/verified.jsonl --by half,kind
-  python 06_eval.py plot dpo=runs/a/log.jsonl runs/b/log.jsonl --out curves.png
+  python 06_eval.py calibration --in runs/dev/verified.jsonl --out reliability.png
+  python 06_eval.py shift in=greedy.jsonl ood=ood.jsonl --model runs/a/tuned --out shift.png
+  python 06_eval.py plot dpo=runs/a/log.jsonl kto=runs/b/log.jsonl --out curves.png
 """
 import argparse
 import json
@@ -38,12 +42,14 @@ from pathlib import Path
 from statistics import fmean, median
 from textwrap import shorten
 
-from common import die, read_jsonl, report, run, write_whole
+from common import (as_messages, die, load_model, progress, prompt_ids, read_jsonl, report, run,
+                    write_whole)
 from rules import fact_key
 
 PROTOCOL = json.loads(Path(__file__).parent.joinpath("data", "protocol.json").read_text("utf-8"))
 LABELS = ("S", "NS", "IR", None)
 BASES = ("base", "base-cool", "base-greedy")
+SHIFT = ("unshifted", "marginal", "shifted")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
 WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
 PLAIN = ("supported", "unsupported", "facts", "words", "ratio")  # the others are shown in per cent
@@ -51,34 +57,44 @@ TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "cut_by_le
 PAIRED = ("base", "tuned", "difference", "ratio", "headroom")
 VERDICT = ("f1_at_k", "precision",
            "f1_at_k_without_border_direction", "precision_without_border_direction")
-PANELS = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")))
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")  # Okabe-Ito
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True)
-    score = commands.add_parser("score", help="all metrics of one file")
-    compare = commands.add_parser("compare", help="base and tuned in one table, and the verdict")
-    compare.add_argument("files", nargs="+", metavar="NAME=FILE", help="base, tuned, ...")
+    add = p.add_subparsers(dest="command", required=True).add_parser
+    score = add("score", help="all metrics of one file")
+    compare = add("compare", help="base and tuned in one table, and the verdict")
     compare.add_argument("--show", type=int, default=0, metavar="N", help="N pairs for the eye")
     compare.add_argument("--out-md", metavar="FILE", help="write what is printed there too")
     compare.add_argument("--out-json", metavar="FILE", help="write the numbers there")
-    agreement = commands.add_parser("agreement", help="a verifier's labels against human ones")
+    compare.add_argument("--pictures", metavar="DIR", help="draw plane, prompts and facts there")
+    agreement = add("agreement", help="a verifier's labels against human ones")
     agreement.add_argument("--by", default="", metavar="FIELD,...", help="of a fact or its row")
-    plot = commands.add_parser("plot", help="training curves")
-    plot.add_argument("files", nargs="+", metavar="[NAME=]FILE", help="05's log.jsonl")
-    plot.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png or .svg")
-    for command in (score, agreement):
+    calibration = add("calibration", help="confidence (FactTune-MC) against verdicts")
+    shift = add("shift", help="where a tuned model's choices leave the base's (APEFT)")
+    shift.add_argument("--model", required=True, help="the tuned one: FILE has its greedy rows")
+    shift.add_argument("--base", default="data/world/model", help="the model before tuning")
+    shift.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    plot = add("plot", help="training curves")
+    for command in (score, agreement, calibration):
         command.add_argument("--in", dest="inp", required=True, metavar="FILE", help="03's rows")
+    for command in (compare, shift, plot):
+        command.add_argument("files", nargs="+", metavar="NAME=FILE", help="base, tuned, ...")
+    for command in (score, agreement, calibration, shift):
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    for command in (calibration, shift, plot):
+        command.add_argument("--out", required=command is plot, metavar="FILE",
+                             help="picture to write: .png or .svg")
     for command in (score, compare):
         command.add_argument("--k", type=int, default=PROTOCOL["k"], help="of F1@K (protocol.json)")
+    for command in (score, compare, calibration, shift):
         command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = p.parse_args()
     if "k" in args and (args.k or 0) < 1:
         die(f"expected --k of at least 1, found {args.k}; `score --k 1` prints median_claims")
+    if getattr(args, "out", None) and not args.out.endswith((".png", ".svg")):
+        die(f"expected a .png or .svg as --out, found {args.out}")
     return args
 
 
@@ -142,7 +158,8 @@ def rates(facts, k):
     """What labels say of [(label, kind)]; None where nothing, all None where > 20 % are null."""
     s, ns, ir, null = (sum(label == wanted for label, _ in facts) for wanted in LABELS)
     n = s + ns + ir
-    found = {"f1_at_k": f1_at_k(s, ns, k), "precision": ratio(s, s + ns), "factscore": ratio(s, n),
+    found = {"f1_at_k": f1_at_k(s, ns, k), "precision": ratio(s, s + ns),
+             "recall_at_k": min(s / k, 1.0), "factscore": ratio(s, n),
              "factscore_penalised": ratio(s * length_penalty(n), n), "irrelevant": ratio(ir, n),
              "supported": s, "unsupported": ns}
     return dict.fromkeys(found) if 5 * null > len(facts) else found
@@ -222,58 +239,6 @@ def summarise(responses, k, seed=0):
             "metrics": metrics, "by_kind": by_kind}
 
 
-def paired(tuned, base, name, seed=0, resamples=2000):
-    """Tuned against base in one column, on the prompts where both have a value. headroom: the part
-    taken of best - base, best the mean over prompts of the best of the base's responses."""
-    topic_of = {r["prompt"]: r["topic"] for r in base}
-    t, b, best = by_prompt(tuned, name), by_prompt(base, name), by_prompt(base, name, max)
-    both = [prompt for prompt in b if prompt in t]
-    of_base, of_tuned = ({p: side[p] for p in both} for side in (b, t))
-    gain, room = ({p: side[p] - b[p] for p in both} for side in (t, best))
-    parts = {"base": (of_base, None), "tuned": (of_tuned, None), "difference": (gain, None),
-             "ratio": (of_tuned, of_base), "headroom": (gain, room)}
-    found = {part: estimate(topic_of, *sums, seed, resamples) for part, sums in parts.items()}
-    return {"prompts": len(both), **found, "beats": (found["difference"]["lo"] or 0) > 0}
-
-
-def best_of(responses):
-    """Of each prompt the response with the highest F1@K, the first of equals."""
-    best, f1 = {}, [r["values"]["f1_at_k"] for r in responses]
-    for i in sorted(range(len(responses)), key=lambda i: 1 if f1[i] is None else -f1[i]):
-        best.setdefault(responses[i]["prompt"], responses[i])
-    return list(best.values())
-
-
-def verdicts(sets, rows, tuned, seed):
-    """Each tuned NAME against base sampled and the better of base's decodings, column by column."""
-    for column in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
-        better = max((base for base in BASES if base in sets),
-                     key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
-        for name in tuned:
-            for against in dict.fromkeys(("base", better)):
-                row = paired(sets[name], sets[against], column, seed)
-                if against != "base":
-                    row["headroom"] = None  # it is defined over the base's samples
-                yield {"name": name, "column": column, "against": against,
-                       "is_better": against == better, **row}
-
-
-def agree(facts):
-    """Agreement of label and human on S against not-S; null labels are counted apart."""
-    cells = Counter((f["label"] == "S", f["human"] == "S") for f in facts if f["label"] is not None)
-    tp, fp, fn, tn = (cells[a, b] for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    n, recall, specificity = tp + fp + fn + tn, ratio(tp, tp + fn), ratio(tn, tn + fp)
-    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)  # n^2 times agreement by chance
-    return {"facts": n, "null": len(facts) - n, "accuracy": ratio(tp + tn, n),
-            "kappa": ratio(n * (tp + tn) - chance, n * n - chance), "always_ns": ratio(tn + fp, n),
-            "recall": recall, "precision": ratio(tp, tp + fp),
-            "balanced": None if None in (recall, specificity) else (recall + specificity) / 2,
-            "tp": tp, "fp": fp, "fn": fn, "tn": tn}
-
-
-# ---------------------------------------------------------------------------------------------
-# Tables and commands
-
 def cell(found, name=""):
     """A mean and its interval, as tables show them."""
     if not found or found["mean"] is None:
@@ -289,6 +254,84 @@ def table(header, body):
     widths = [max(map(len, items)) for items in zip(header, *body)]
     lines = [header, ["-" * width for width in widths], *body]
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines) + "\n"
+
+
+def run_score(args):
+    responses = read_responses(args.inp, args.k)
+    found = summarise(responses, args.k, args.seed)
+    text = f"{args.inp}: K = {args.k}, scored by {found['label']!r} of its facts\n\n"
+    text += table(["metric", "mean [95 % interval]"], [
+        [name, m.get("reason", cell(m, name))] for name, m in found["metrics"].items()])
+    text += table(["kind", "share", "precision"], [
+        [kind, *map(cell, m.values())] for kind, m in found["by_kind"].items()])
+    print(json.dumps(found, indent=1) if args.json else text)
+    report(responses=len(responses), unjudged=sum(r["values"]["unjudged"] for r in responses),
+           median_claims=found["median_claims"])
+
+
+# ---------------------------------------------------------------------------------------------
+# compare: tuned against the better of the base's decodings
+
+def named(texts):
+    """{NAME: FILE} of NAME=FILE arguments."""
+    files = dict(text.partition("=")[::2] for text in texts)
+    if len(files) < len(texts) or "" in (*files, *files.values()):
+        die(f"expected NAME=FILE, each NAME once, found {' '.join(texts)}")
+    return files
+
+
+def best_of(responses):
+    """Of each prompt the response with the highest F1@K, the first of equals."""
+    best, f1 = {}, [r["values"]["f1_at_k"] for r in responses]
+    for i in sorted(range(len(responses)), key=lambda i: 1 if f1[i] is None else -f1[i]):
+        best.setdefault(responses[i]["prompt"], responses[i])
+    return list(best.values())
+
+
+def read_sets(args):
+    """(sets {NAME: responses}, base's decodings first, then the best of base's samples; the names
+    that are held against base)."""
+    files = named(args.files)
+    others = [name for name in files if name not in BASES]
+    if "base" not in files or any(name.startswith("base") for name in others):
+        die("expected NAME=FILE, base among them; of names in base... there are only "
+            f"{', '.join(BASES)}; found {' '.join(args.files)}")
+    sets = {name: read_responses(files[name], args.k) for name in BASES if name in files}
+    times = Counter(r["prompt"] for r in sets["base"])
+    sets[f"base best-of-{max(times.values())}"] = best_of(sets["base"])
+    sets |= {name: read_responses(files[name], args.k) for name in others}
+    for name, responses in sets.items():
+        if not any(r["prompt"] in times for r in responses):
+            die(f"{files[name]}: expected prompts of {files['base']}, found none of them")
+    return sets, [name for name in others if not name.endswith(("-cool", "-greedy"))]
+
+
+def paired(tuned, base, name, seed=0, resamples=2000):
+    """Tuned against base in one column, on the prompts where both have a value. headroom: the part
+    taken of best - base, best the mean over prompts of the best of the base's responses."""
+    topic_of = {r["prompt"]: r["topic"] for r in base}
+    t, b, best = by_prompt(tuned, name), by_prompt(base, name), by_prompt(base, name, max)
+    both = [prompt for prompt in b if prompt in t]
+    of_base, of_tuned = ({p: side[p] for p in both} for side in (b, t))
+    gain, room = ({p: side[p] - b[p] for p in both} for side in (t, best))
+    parts = {"base": (of_base, None), "tuned": (of_tuned, None), "difference": (gain, None),
+             "ratio": (of_tuned, of_base), "headroom": (gain, room)}
+    found = {part: estimate(topic_of, *sums, seed, resamples) for part, sums in parts.items()}
+    return {"prompts": len(both), **found, "beats": (found["difference"]["lo"] or 0) > 0}
+
+
+def verdicts(sets, rows, tuned, seed):
+    """Each tuned NAME against base sampled and the better of base's decodings, column by column."""
+    for column in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
+        better = max((base for base in BASES if base in sets),
+                     key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
+        for name in tuned:
+            for against in dict.fromkeys(("base", better)):
+                row = paired(sets[name], sets[against], column, seed)
+                if against != "base":
+                    row["headroom"] = None  # it is defined over the base's samples
+                yield {"name": name, "column": column, "against": against,
+                       "is_better": against == better, **row}
 
 
 def tables(rows, found):
@@ -329,56 +372,23 @@ def side_by_side(sets, n):
                 yield f"    {fact[label] or '-':<3} {shorten(line, 92)}\n"
 
 
-def curves(logs, window=10):
-    """A figure of {run: rows of its log.jsonl}, with a panel for each of PANELS that some has."""
-    from matplotlib.figure import Figure  # not pyplot, which looks for a display
-    logged = {name.removeprefix("eval_") for log in logs.values() for row in log for name in row}
-    panels = [name for name in PANELS if name in logged]
-    figure = Figure((1 + 3 * len(panels), 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        axes.set(xlabel="step", ylabel=name)
-        for (run_name, log), colour in zip(logs.items(), COLOURS):
-            steps = {row["step"]: row[name] for row in log if name in row}
-            held = {row["step"]: row[f"eval_{name}"] for row in log if f"eval_{name}" in row}
-            values = list(steps.values())
-            means = [fmean(values[max(0, i - window):i]) for i in range(1, len(values) + 1)]
-            axes.plot(list(steps), means, color=colour, label=run_name)
-            axes.plot(list(held), list(held.values()), "o", color=colour)
-    if len(panels) > 1:  # some run has rewards: this is DPO's loss where policy is reference
-        figure.axes[0].axhline(math.log(2), color="black", linestyle=":", label="ln 2")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
-                  title=f"lines: mean of {window} steps; dots: held out")
-    return figure
-
-
-def run_score(args):
-    responses = read_responses(args.inp, args.k)
-    found = summarise(responses, args.k, args.seed)
-    text = f"{args.inp}: K = {args.k}, scored by {found['label']!r} of its facts\n\n"
-    text += table(["metric", "mean [95 % interval]"], [
-        [name, m.get("reason", cell(m, name))] for name, m in found["metrics"].items()])
-    text += table(["kind", "share", "precision"], [
-        [kind, *map(cell, m.values())] for kind, m in found["by_kind"].items()])
-    print(json.dumps(found, indent=1) if args.json else text)
-    report(responses=len(responses), unjudged=sum(r["values"]["unjudged"] for r in responses),
-           median_claims=found["median_claims"])
+def draw(folder, sets, rows, tuned, k):
+    """The pictures of compare."""
+    from data import pictures
+    points = {name: row["metrics"] for name, row in rows.items()}
+    pictures.save(pictures.plane(points, k), f"{folder}/plane.png")
+    f1 = {name: by_prompt(sets[name], "f1_at_k") for name in ("base", *tuned)}
+    pairs = {name: [(f1["base"][prompt], f1[name][prompt]) for prompt in f1["base"]
+                    if prompt in f1[name]] for name in tuned}
+    if tuned:
+        pictures.save(pictures.before_after(pairs, k), f"{folder}/prompts.png")
+    counts = {name: [(r["values"]["supported"], r["values"]["unsupported"]) for r in sets[name]
+                     if not r["values"]["unjudged"]] for name in f1}
+    pictures.save(pictures.facts_per_response(counts), f"{folder}/facts.png")
 
 
 def run_compare(args):
-    files = dict(text.partition("=")[::2] for text in args.files)
-    others = [name for name in files if name not in BASES]
-    if ("base" not in files or len(files) < len(args.files) or "" in (*files, *files.values())
-            or any(name.startswith("base") for name in others)):
-        die("expected NAME=FILE, each NAME once, base among them; of names in base... there are "
-            f"only {', '.join(BASES)}; found {' '.join(args.files)}")
-    tuned = [name for name in others if not name.endswith(("-cool", "-greedy"))]
-    sets = {name: read_responses(files[name], args.k) for name in BASES if name in files}
-    times = Counter(r["prompt"] for r in sets["base"])
-    sets[f"base best-of-{max(times.values())}"] = best_of(sets["base"])
-    sets |= {name: read_responses(files[name], args.k) for name in others}
-    for name, responses in sets.items():
-        if not any(r["prompt"] in times for r in responses):
-            die(f"{files[name]}: expected prompts of {files['base']}, found none of them")
+    sets, tuned = read_sets(args)
     rows = {name: summarise(responses, args.k, args.seed) for name, responses in sets.items()}
     found = list(verdicts(sets, rows, tuned, args.seed))
     text = f"K = {args.k}; mean [95 % interval over topics], differences in points\n\n"
@@ -389,7 +399,25 @@ def run_compare(args):
     for path, written in ((args.out_md, text), (args.out_json, numbers)):
         if path:
             write_whole(path, written)
-    report(files=len(files), prompts=len(times), k=args.k)
+    if args.pictures:
+        draw(args.pictures, sets, rows, tuned, args.k)
+    report(files=len(args.files), prompts=rows["base"]["n_prompts"], k=args.k)
+
+
+# ---------------------------------------------------------------------------------------------
+# agreement: a verifier against people; calibration: confidence against a verifier
+
+def agree(facts):
+    """Agreement of label and human on S against not-S; null labels are counted apart."""
+    cells = Counter((f["label"] == "S", f["human"] == "S") for f in facts if f["label"] is not None)
+    tp, fp, fn, tn = (cells[a, b] for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    n, recall, specificity = tp + fp + fn + tn, ratio(tp, tp + fn), ratio(tn, tn + fp)
+    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)  # n^2 times agreement by chance
+    return {"facts": n, "null": len(facts) - n, "accuracy": ratio(tp + tn, n),
+            "kappa": ratio(n * (tp + tn) - chance, n * n - chance), "always_ns": ratio(tn + fp, n),
+            "recall": recall, "precision": ratio(tp, tp + fp),
+            "balanced": None if None in (recall, specificity) else (recall + specificity) / 2,
+            "tp": tp, "fp": fp, "fn": fn, "tn": tn}
 
 
 def run_agreement(args):
@@ -411,18 +439,153 @@ def run_agreement(args):
     report(facts=len(both), groups=len(found))
 
 
+def calibrate(facts, seed=0, resamples=2000):
+    """Does confidence foretell the verdict? Of [(topic, confidence in 0..1, supported)]: "auc", how
+    often a supported fact is the more confident of two, ties half; "bins", tenths of confidence."""
+    import numpy as np
+    topics, conf, true = zip(*facts)
+    (names, topic), (levels, at) = (np.unique(x, return_inverse=True) for x in (topics, conf))
+    true = np.array(true)
+
+    def auc(times):  # each fact taken times[i] times
+        s, ns = (np.bincount(at, times * of, len(levels)) for of in (true, ~true))
+        wins = s * (np.cumsum(ns) - ns / 2)  # over the less confident, and half of the equal ones
+        return wins.sum() / (s.sum() * ns.sum()) if s.any() and ns.any() else math.nan
+
+    area = {"mean": auc(np.ones(len(facts))), "lo": None, "hi": None}
+    picks = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    draws = [auc(np.bincount(pick, minlength=len(names))[topic]) for pick in picks]
+    if len(names) > 1 and not np.isnan(draws).any():
+        area["lo"], area["hi"] = np.quantile(draws, (0.025, 0.975)).tolist()
+    bins = []
+    for tenth in range(10):
+        own = [fact for fact in facts if min(int(fact[1] * 10), 9) == tenth]
+        s, n = Counter(fact[0] for fact in own if fact[2]), Counter(fact[0] for fact in own)
+        if own:
+            bins.append({"from": tenth / 10, "facts": len(own),
+                         "confidence": fmean(fact[1] for fact in own),
+                         "precision": estimate({t: t for t in n}, {t: s[t] for t in n}, n, seed)})
+    return {"auc": area | ({"mean": None} if math.isnan(area["mean"]) else {}), "bins": bins}
+
+
+def scaled(conf):
+    """FactTune-MC's confidences, each from 0 to 1: neg_ent as exp(neg_ent). None: they are not."""
+    try:
+        found = {"max": conf["max"], "exp": conf["exp"], "exp(neg_ent)": math.exp(conf["neg_ent"])}
+        return found if all(0 <= value <= 1 for value in found.values()) else None
+    except (KeyError, TypeError, OverflowError):
+        return None
+
+
+def run_calibration(args):
+    rows = read_facts(args.inp)
+    both = [(str(row.get("topic") or row["id"]), scaled(fact["conf"]), fact["label"] == "S")
+            for row in rows for fact in row["facts"]
+            if fact.get("conf") and fact.get("label") in ("S", "NS")]
+    if not both or not all(conf for _, conf, _ in both):
+        die(f"{args.inp}: expected facts with label S or NS and 'conf' of max, exp and neg_ent "
+            f"(03_verify.py, for verdicts and with --method confidence), found {len(both)}")
+    found = {name: calibrate([(topic, conf[name], true) for topic, conf, true in both], args.seed)
+             for name in both[0][1]}
+    text = f"{len(both)} facts with a verdict and a confidence\n\n"
+    text += table(["", "AUC"], [[name, cell(of["auc"], "ratio")] for name, of in found.items()])
+    text += table(["confidence", "from", "facts", "mean", "precision"], [
+        [name, f"{b['from']:.1f}", str(b["facts"]), f"{b['confidence']:.2f}", cell(b["precision"])]
+        for name, of in found.items() for b in of["bins"]])
+    print(json.dumps(found, indent=1) if args.json else text)
+    if args.out:
+        from data import pictures
+        bins = {name: of["bins"] for name, of in found.items()}
+        pictures.save(pictures.reliability(bins), args.out)
+    report(facts=len(both), left_out=sum(len(row["facts"]) for row in rows) - len(both))
+
+
+# ---------------------------------------------------------------------------------------------
+# shift: where a tuned model leaves the base
+
+def ranks(models, tokenizer, row, device):
+    """(ranks, own) along a greedy response, both (its tokens,): the rank of the tuned model's first
+    choice among the base's next tokens, 1 its likeliest; whether the response has that choice.
+    models = (tuned, base), the end of turn counts as a token (URIAL, arXiv 2312.01552)."""
+    import torch
+    prompt = prompt_ids(tokenizer, as_messages(row["prompt"]), row.get("prefix", ""))
+    said = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    said += [tokenizer.eos_token_id] * (row["finish"] == "stop")
+    ids = torch.tensor([prompt + said], device=device)
+    with torch.inference_mode():
+        tuned, base = (model(ids).logits[0, len(prompt) - 1:-1] for model in models)
+    choice = tuned.argmax(-1, keepdim=True)
+    found = 1 + (base > base.gather(-1, choice)).sum(-1)
+    return found.tolist(), (choice[:, 0] == ids[0, len(prompt):]).tolist()
+
+
+def shift_of(rows, found, seed=0):
+    """Shares of unshifted (rank 1), marginal (2, 3) and shifted (> 3) tokens: means over prompts,
+    and by position, pooled, in steps that double. found: the ranks of each row."""
+    def shares(some):
+        counts = Counter(SHIFT[(rank > 1) + (rank > 3)] for rank in some)
+        return {name: counts[name] / len(some) for name in SHIFT}
+
+    responses = [{"prompt": row["prompt_id"], "values": shares(of_row)}
+                 for row, of_row in zip(rows, found)]
+    topic_of = {row["prompt_id"]: str(row.get("topic") or row["prompt_id"]) for row in rows}
+    result = {name: estimate(topic_of, by_prompt(responses, name), seed=seed) for name in SHIFT}
+    steps = {}
+    for of_row in found:
+        for position, rank in enumerate(of_row, 1):
+            steps.setdefault(position.bit_length(), []).append(rank)
+    result["by_position"] = [{"from": 2 ** (step - 1), "to": 2 ** step - 1, "tokens": len(some),
+                              **shares(some)} for step, some in sorted(steps.items())]
+    return result
+
+
+def run_shift(args):
+    def wrong(row):
+        greedy = isinstance(row.get("gen"), dict) and row["gen"].get("temperature") == 0
+        return None if greedy else "a greedy response (--temperature 0)"
+    fields = {"prompt": (str, list), "response": str, "finish": str}
+    sets = {name: read_jsonl(path, fields, "01_generate.py", parts=wrong)
+            for name, path in named(args.files).items()}
+    tuned, tokenizer, device = load_model(args.model, device=args.device)
+    base = tuned if args.base == args.model else load_model(args.base, device=args.device)[0]
+    results, tokens = {}, 0
+    for name, rows in sets.items():
+        rows = [row for row in rows if row["response"] or row["finish"] == "stop"]
+        for row in rows:
+            row["prompt_id"] = str(row.get("prompt_id") or row["id"])
+        found, own = zip(*(ranks((tuned, base), tokenizer, row, device) for row in progress(rows)))
+        same = fmean(token for of_row in own for token in of_row)
+        if same < 0.9:
+            die(f"{name}: expected greedy responses of {args.model}, found that only {same:.0%} of "
+                "their tokens are its first choice")
+        results[name] = shift_of(rows, found, args.seed)
+        tokens += sum(map(len, found))
+    text = f"{args.model} against {args.base}: rank of its choice 1, 2 to 3, more\n\n"
+    text += table(["", *SHIFT], [[name, *(cell(of[part]) for part in SHIFT)]
+                                 for name, of in results.items()])
+    text += table(["position", "", "tokens", *SHIFT], [
+        [f"{b['from']} to {b['to']}" if b["to"] > 1 else "1", name, str(b["tokens"]),
+         *(f"{b[part]:.1%}" for part in SHIFT)]
+        for name, of in results.items() for b in of["by_position"]])
+    print(json.dumps(results, indent=1) if args.json else text)
+    if args.out:
+        from data import pictures
+        pictures.save(pictures.shift_by_position(
+            {name: of["by_position"] for name, of in results.items()}), args.out)
+    report(files=len(sets), tokens=tokens)
+
+
+# ---------------------------------------------------------------------------------------------
+# plot
+
 def run_plot(args):
     def wrong(row):
         fine = all(type(v) in (int, float) and abs(v) < 1e99 for k, v in row.items() if k != "id")
         return None if fine and {"loss", "eval_loss"} & set(row) else "finite numbers, also a loss"
-    logs = {}
-    for name, _, path in (text.rpartition("=") for text in args.files):
-        logs[name or path] = read_jsonl(path, {"step": int}, "05_train.py", parts=wrong)
-    if not len(args.files) == len(logs) <= len(COLOURS) or not args.out.endswith((".png", ".svg")):
-        die(f"expected at most {len(COLOURS)} logs, each NAME once, and a .png or .svg as --out, "
-            f"found {', '.join(args.files)} and {args.out}")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    curves(logs).savefig(args.out, dpi=150)
+    from data import pictures
+    logs = {name: read_jsonl(path, {"step": int}, "05_train.py", parts=wrong)
+            for name, path in named(args.files).items()}
+    pictures.save(pictures.curves(logs), args.out)
     report(runs=len(logs), rows=sum(map(len, logs.values())))
 
 
@@ -430,7 +593,7 @@ def main():
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     {"score": run_score, "compare": run_compare, "agreement": run_agreement,
-     "plot": run_plot}[args.command](args)
+     "plot": run_plot, "calibration": run_calibration, "shift": run_shift}[args.command](args)
     return 0
 
 
