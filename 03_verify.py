@@ -9,6 +9,7 @@ Writes  verified.jsonl   the same rows, each fact judged:
           null could not be judged (no page, an answer that is no verdict): counted, left out of
           every score, exit 1; --retry-null judges them again
   kind    border, direction, number, region, place, capital, membership, vague, other
+  "repeats": true  says nothing that another fact of the response does not say; scores pass over it
   found   by the topic's page ("title"; "alias": without case, diacritics, articles, or another name
           in data/lexicon.json), or by "search" of all pages
 Corpus  JSONL {"title", "text", "field"?}, a passage a row; or SQLite documents(title, text), as
@@ -136,7 +137,7 @@ def kind_of(claim, topic):
     """border, direction, capital, membership, number, region, place, vague or other: one each."""
     c = rules.parse(claim, topic)
     low = c["text"].lower()
-    if re.search(rules.BORDER, low):
+    if re.search(rf"{rules.BORDER}|\bneighbou?r", low):
         return "direction" if c["sides"] else "border"
     for kind, pattern in rules.LEXICON["kinds"]:
         if re.search(pattern, low):
@@ -377,6 +378,27 @@ def verify(row, args, answers, result):
                                  for s in row["sentences"]]}
 
 
+def mark_repeats(row):
+    """Set "repeats" on all but the first of the facts with equal words, the topic's own apart. Of a
+    supported fact count only words that its evidence has, and directions, no praise: it repeats
+    another of that field which has these and more. Said in ten ways, a thing is said once."""
+    facts, topic, first = facts_of(row), {"is", "also", *rules.words(row["topic"])}, {}
+    for fact in facts:
+        fact.pop("repeats", None)
+        said, field = frozenset(rules.words(fact["text"])) - topic, None
+        if fact.get("label") == "S" and fact.get("evidence"):
+            field, said = fact["evidence"][0].get("field", ""), said - rules.FILLER
+            there = {word for e in fact["evidence"] for word in rules.words(e["text"])}
+            own = {w for w in said if w in there or re.fullmatch(rules.DIRECTION, w)}
+            said = frozenset(own or filter(str.isalpha, said))
+        first.setdefault((field, said), fact)
+    new = [id(fact) for (field, said), fact in first.items() if field is None
+           or not any(field == other and said < more for other, more in first)]
+    for fact in facts:
+        if id(fact) not in new:
+            fact["repeats"] = True
+
+
 def judge_of(args, rows, c, ask):
     """judge(claim, topic), or with --method rate judge(id)."""
     if args.method == "rate":
@@ -445,6 +467,8 @@ def main():
                     failed += 1
                     fail(row, error)
                     continue
+                if field != "rating":
+                    mark_repeats(done[row["id"]])
                 write(done[row["id"]])
             row = done[row["id"]]
             found += values(row)

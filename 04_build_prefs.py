@@ -35,7 +35,8 @@ What makes no row is counted by its reason. A response: abstains, has more than 
 none that is S or NS (sft does not ask), has no whole sentence, has one 10-gram more than 5 times
 (FactAlign's code), or repeats another response to its prompt. A prompt: has too few usable ones
 ("few": sft needs one, the others two), or they all score alike ("tied"). factalign labels bad what
-states no fact or repeats itself, as its code does, or abstains. Repeated facts count once.
+states no fact or repeats itself, as its code does, or abstains. What 03 marks
+"repeats" counts nowhere.
 
 Not as in the papers: FactTune's code pairs any two. FactAlign's code counts irrelevant facts as
 false; here they leave F1@K alone. Where the sides of APEFT's atomic pairs come from we found
@@ -58,7 +59,6 @@ from pathlib import Path
 from statistics import fmean
 
 from common import as_messages, die, dumps, read_jsonl, report, run, same_run, write_whole
-from rules import fact_key
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
 CONFIDENCE = ("max", "exp", "neg_ent")  # FactTune-MC's scores
@@ -167,12 +167,10 @@ def verdicts(row, reward):
     """What a reward is made of: one label or confidence a fact, or the rating; None: not judged."""
     if reward == "rating":
         return [row["rating"]]
-    first = {}  # of the facts with equal content words
-    for fact in facts_of(row):
-        first.setdefault(fact_key(fact["text"], topic_of(row)), fact)
+    facts = [fact for fact in facts_of(row) if not fact.get("repeats")]
     if reward in CONFIDENCE:  # facts that ask nothing have none
-        return [f["conf"] and f["conf"][reward] for f in first.values() if "conf" in f]
-    return [fact["label"] for fact in first.values()]
+        return [f["conf"] and f["conf"][reward] for f in facts if "conf" in f]
+    return [fact["label"] for fact in facts]
 
 
 def score(found, reward, k=None):

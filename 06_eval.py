@@ -11,14 +11,15 @@ Writes  tables on stdout (compare also files), pictures; `score --json` prints o
 
 Every metric is a mean over a prompt's responses, then over prompts; pooled figures are called so.
 Intervals are 95 % percentile bootstraps over topics: a topic's prompts are drawn together.
-  * Repeated facts of a response (equal content words, the topic's own removed) count once, the
-    first of them; facts with only a `human` label are left as they are.
+  * Facts that 03 marks "repeats" count nowhere but in the share of repeated ones; facts with only
+    a `human` label are left as they are.
   * No fact labelled S or NS: F1@K 0, no precision. No label at all, and abstained or empty: not
     responded. "facts" is a mean over those that responded (FActScore's way), supported and
     unsupported facts are means over all, so that silence lowers them.
   * More than 20 % of its facts null: unjudged, out of every figure made of labels.
   * compare holds any NAME but base, base-cool and base-greedy against base and the better of these
-    three, column by column; NAME-cool and NAME-greedy are rows without a verdict.
+    three, column by column; NAME-cool and NAME-greedy are rows without a verdict. To beat one it
+    must state at least as many supported facts, and gain even if what it has no value for is 0.
   * calibration: facts that have both a confidence and a verdict (03 twice over the same rows).
   * shift: the tuned model's first choices along its greedy responses, ranked by the base.
 
@@ -44,7 +45,6 @@ from textwrap import shorten
 
 from common import (as_messages, die, load_model, progress, prompt_ids, read_jsonl, report, run,
                     write_whole)
-from rules import fact_key
 
 PROTOCOL = json.loads(Path(__file__).parent.joinpath("data", "protocol.json").read_text("utf-8"))
 LABELS = ("S", "NS", "IR", None)
@@ -53,7 +53,7 @@ SHIFT = ("unshifted", "marginal", "shifted")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
 WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
 PLAIN = ("supported", "unsupported", "facts", "words", "ratio")  # the others are shown in per cent
-TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "cut_by_length")
+TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "unjudged", "cut_by_length")
 PAIRED = ("base", "tuned", "difference", "ratio", "headroom")
 VERDICT = ("f1_at_k", "precision",
            "f1_at_k_without_border_direction", "precision_without_border_direction")
@@ -167,11 +167,9 @@ def rates(facts, k):
 
 def measure(row, label, k, kinds):
     """{metric, or (kind, "share" or "precision"): value} of one response; None: it has none."""
-    said, once = row["facts"], {}
-    for i, fact in enumerate(said):
-        key = fact_key(fact["text"], str(row.get("topic") or "")) if label == "label" else i
-        once.setdefault(key, (fact[label], fact.get("kind")))
-    facts = list(once.values())
+    said = row["facts"]
+    facts = [(fact[label], fact.get("kind")) for fact in said
+             if label == "human" or not fact.get("repeats")]
     values = rates(facts, k)
     unjudged = values["supported"] is None
     for name, left_out in WITHOUT.items():
@@ -301,14 +299,16 @@ def read_sets(args):
     sets[f"base best-of-{max(times.values())}"] = best_of(sets["base"])
     sets |= {name: read_responses(files[name], args.k) for name in others}
     for name, responses in sets.items():
-        if not any(r["prompt"] in times for r in responses):
+        sets[name] = [r for r in responses if r["prompt"] in times]  # easy others lift no row
+        if not sets[name]:
             die(f"{files[name]}: expected prompts of {files['base']}, found none of them")
     return sets, [name for name in others if not name.endswith(("-cool", "-greedy"))]
 
 
 def paired(tuned, base, name, seed=0, resamples=2000):
     """Tuned against base in one column, on the prompts where both have a value. headroom: the part
-    taken of best - base, best the mean over prompts of the best of the base's responses."""
+    taken of best - base, best the mean over prompts of the best of the base's responses. beats: the
+    gain is above 0 even where all that tuned has no value for, prompt or response, counts as 0."""
     topic_of = {r["prompt"]: r["topic"] for r in base}
     t, b, best = by_prompt(tuned, name), by_prompt(base, name), by_prompt(base, name, max)
     both = [prompt for prompt in b if prompt in t]
@@ -317,17 +317,23 @@ def paired(tuned, base, name, seed=0, resamples=2000):
     parts = {"base": (of_base, None), "tuned": (of_tuned, None), "difference": (gain, None),
              "ratio": (of_tuned, of_base), "headroom": (gain, room)}
     found = {part: estimate(topic_of, *sums, seed, resamples) for part, sums in parts.items()}
-    return {"prompts": len(both), **found, "beats": (found["difference"]["lo"] or 0) > 0}
+    zero = by_prompt([{**r, "values": {name: r["values"][name] or 0}} for r in tuned], name)
+    worst = estimate(topic_of, {p: zero.get(p, 0) - b[p] for p in b}, None, seed, resamples)
+    return {"prompts": len(both), **found, "beats": (worst["lo"] or 0) > 0}
 
 
 def verdicts(sets, rows, tuned, seed):
-    """Each tuned NAME against base sampled and the better of base's decodings, column by column."""
+    """Each tuned NAME against base sampled and the better of base's decodings, column by column.
+    fewer: it says fewer supported facts, a missing prompt none. Then it beats nothing."""
     for column in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
         better = max((base for base in BASES if base in sets),
                      key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
         for name in tuned:
             for against in dict.fromkeys(("base", better)):
                 row = paired(sets[name], sets[against], column, seed)
+                said, other = (by_prompt(sets[side], "supported") for side in (name, against))
+                row["fewer"] = sum(said.get(prompt, 0) for prompt in other) < sum(other.values())
+                row["beats"] &= not row["fewer"]
                 if against != "base":
                     row["headroom"] = None  # it is defined over the base's samples
                 yield {"name": name, "column": column, "against": against,
@@ -339,14 +345,15 @@ def tables(rows, found):
     body, supported = [], {name: row["metrics"]["supported"]["mean"] for name, row in rows.items()}
     for name, row in rows.items():
         line = [cell(row["metrics"][column], column) for column in TABLE]
-        line[1] += " †" * ((supported[name] or 0) < (supported["base"] or 0))
+        if (supported[name] or 0) < (supported["base"] or 0):
+            line[:2] = [text + " †" for text in line[:2]]
         line[4:] = [text.split(" [")[0] for text in line[4:]]  # intervals for the main columns only
         body.append([name + " by human" * (row["label"] == "human"), str(row["n_prompts"]), *line])
-    text = table(["", "prompts", *TABLE], body) + "† fewer supported facts than base\n\n"
+    text = table(["", "prompts", *TABLE], body) + "† fewer supported facts: no win\n\n"
     body, says = [], {True: "beats", False: "does not beat"}
     for row in found:
         verb = says[row["beats"]] if row["is_better"] else "against"
-        body.append([f"{row['column']}: {row['name']} {verb} {row['against']}",
+        body.append([f"{row['column']}: {row['name']} {verb} {row['against']}{' †' * row['fewer']}",
                      str(row["prompts"]), *(cell(row[part], part) for part in PAIRED)])
     if found:
         text += table(["verdict: against base's better decoding", "prompts", *PAIRED], body)

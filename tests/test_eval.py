@@ -107,10 +107,10 @@ def test_nothing_judged_is_null_with_a_reason(tmp_path):
 
 
 def test_repeated_facts_count_once(tmp_path):
-    said = {"Chad borders Libya": "S", "Borders Libya, Chad!": "NS", "Libya borders Chad": "S",
-            "Chad exports oil": "NS"}  # three of them have the same words: the first one counts
     for field, expected in (("label", (2, 1, 1, 2 / 4)), ("human", (4, 2, 2, None))):
-        made = [{"text": text, field: label} for text, label in said.items()]
+        made = [{"text": "Chad borders Libya", field: "S"}, {"text": "same", field: "NS",
+                "repeats": True}, {"text": "same", field: "S", "repeats": True},
+                {"text": "Chad exports oil", field: "NS"}]
         got = means(score(tmp_path, [row("chad-all", 0, "", sentences=[{"facts": made}])]))
         names = ("facts", "supported", "unsupported", "repeated")
         assert tuple(got[name] for name in names) == expected

@@ -55,7 +55,7 @@ def sure(k, *confs):
     ("max", 0, [.75, .5]), ("exp", 1, [.6, .5]), ("neg_ent", 1, [-.25, -.5])])
 def test_confidence_is_the_mean_over_distinct_facts(built, reward, best, scores):
     rows = [sure(0, (.5, .1, -1), (1, .9, 0), (0, 0, -9), "none"), sure(1, (.5, .6, -.25))]
-    prefs.facts_of(rows[0])[2]["text"] = "Also fact w1x1"  # the second's, which counts once
+    prefs.facts_of(rows[0])[2]["repeats"] = True
     pair, = built(rows, "facttune", "--reward", reward)[1]
     assert pair["id"] == f"peru/{best}>peru/{1 - best}"
     assert [pair["score_chosen"], pair["score_rejected"]] == pytest.approx(scores)

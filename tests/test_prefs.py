@@ -199,8 +199,8 @@ def test_twenty_per_cent_null_is_still_judged():
 
 def test_repeated_facts_count_once():
     padded = verified("a", 0, ["NS"])
-    fact = {"text": "A borders Chad", "label": "S"}
-    padded["sentences"][0]["facts"] += [dict(fact) for _ in range(9)]
+    padded["sentences"][0]["facts"] += [{"text": "A borders Chad", "label": "S"}] + [
+        {"text": "A borders Chad", "label": "S", "repeats": True}] * 8
     pairs, _, _ = build([padded, verified("a", 1, ["S", "NS", "S"])])
     assert [p["id"] for p in pairs] == ["a/1>a/0"]  # 2/3 beats 1/2; nine copies would be 9/10
     assert pairs[0]["score_rejected"] == 0.5

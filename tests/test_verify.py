@@ -14,7 +14,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_rows, stage, write_rows
+from conftest import ROOT, call, read_rows, stage, write_rows
 from server import serve, supported
 
 verifier, decomposer, generator = map(stage, ("03_verify", "02_decompose", "01_generate"))
@@ -792,3 +792,84 @@ def test_factscores_sqlite_by_path_alone(verify, tmp_path):
          "found": "search"}]
     assert path.read_bytes() == before and json.loads(
         (tmp_path / "x.args.json").read_text())["flags"]["corpus_sha256"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What repeats what
+
+def repeats(*facts):
+    """Which of [(text, label, field and passage of its evidence, if any)] about Peru repeat."""
+    made = [{"text": text, "label": label, "evidence": [
+        dict(zip(("title", "field", "text"), ("Peru", *passage)))] if passage else []}
+        for text, label, *passage in facts]
+    sentences = [{"facts": made[:1]}, {"facts": made[1:]}]
+    verifier.mark_repeats({"topic": "Peru", "sentences": sentences})
+    return [fact.get("repeats", False) for fact in made]
+
+
+@pytest.mark.parametrize("one, other", [
+    ("Peru is bordered by Chile to the south", "To the south, Peru is bordered by Chile"),
+    ("Peru is a country in South America", "Peru is the country in South America"),
+    ("The capital of Peru is Lima", "Lima is the capital of Peru"),
+    ("The capital is Lima", "Peru's capital is Lima"),
+    ("Peru is a member of the UN", "Peru is also a member of the United Nations")])
+@pytest.mark.parametrize("label", ["S", "NS", None])
+def test_equal_words_repeat(one, other, label):
+    assert repeats((one, label), (other, label)) == [False, True]
+
+
+@pytest.mark.parametrize("one, other", [
+    ("Peru has 34 million people", "Peru has 35 million people"),
+    ("Peru has 34 million people", "Peru has 34 billion people"),
+    ("Peru borders Chile", "Peru borders Brazil"),
+    ("Chile is to the south of Peru", "Chile is to the north of Peru"),
+    ("Peru exports copper", "Peru imports copper"),
+    ("Peru borders Brazil", "Peru does not border Brazil"),
+    ("The economy grew by 3.4 percent", "The economy grew by 4.3 percent")])
+def test_other_words_do_not_repeat(one, other):
+    assert repeats((one, "NS"), (other, "NS")) == [False, False]
+
+
+WHERE = ("Location", "Western South America, bordering the South Pacific Ocean, between Chile and "
+                     "Ecuador")
+LAND = "Land boundaries", "total: 7,062 km; border countries (5): Bolivia 1,212 km; Brazil 2,659 km"
+PEOPLE = "Population", "34,352,720 (2024 est.)"
+
+
+@pytest.mark.parametrize("facts, expected", [
+    # praise and other words for lying there are not what the passage carries
+    ([("Peru is a vibrant country in South America", "S", *WHERE),
+      ("Peru lies in South America", "S", *WHERE)], [False, True]),
+    # a part of another says nothing, whichever comes first
+    ([("Peru lies in South America", "S", *WHERE),
+      ("Peru lies in Western South America", "S", *WHERE)], [True, False]),
+    ([("Peru lies in Western South America", "S", *WHERE),
+      ("Peru is in South America", "S", *WHERE)], [False, True]),
+    # numbers that the same one carries
+    ([("Peru has 34 million people", "S", *PEOPLE), ("Peru has 35 million people", "S", *PEOPLE)],
+     [False, True]),
+    # the same passage, another thing
+    ([("Peru borders Bolivia", "S", *LAND), ("Peru borders Brazil", "S", *LAND)], [False, False]),
+    ([("Peru borders Chile to the south", "S", *WHERE),
+      ("Peru borders Ecuador to the north", "S", *WHERE)], [False, False]),
+    # the same word in another field
+    ([("Peru is near Chile", "S", *WHERE), ("Chile is a partner", "S", "Imports", "China, Chile")],
+     [False, False]),
+    # a wrong one beside a right one, and wrong ones in other words, are theirs
+    ([("Peru lies in South America", "S", *WHERE), ("Peru lies in South America", "NS")],
+     [False, False]),
+    ([("Peru borders Cuba", "NS"), ("Peru borders Cuba in the west", "NS")], [False, False])])
+def test_supported_facts_repeat_by_what_is_carried(facts, expected):
+    assert repeats(*facts) == expected
+
+
+def test_marks_are_made_anew_and_passed_on(tmp_path):
+    rows = [{"id": "p/0", "topic": "Peru", "response": "r", "sentences": [{"facts": [
+        {"text": "Peru borders Chile", "repeats": True}, {"text": "Peru borders Chile."}]}]}]
+    done = call("03_verify.py", "--in", write_rows(tmp_path / "f.jsonl", rows), "--out",
+                tmp_path / "v.jsonl", "--corpus", write_rows(tmp_path / "c.jsonl", [
+                    {"title": "Peru", "field": "Land boundaries",
+                     "text": "total: 10 km; border countries: Chile 10 km"}]))
+    assert done.returncode == 0, done.stderr
+    facts = read_rows(tmp_path / "v.jsonl")[0]["sentences"][0]["facts"]
+    assert [(fact["label"], fact.get("repeats")) for fact in facts] == [("S", None), ("S", True)]
