@@ -22,15 +22,29 @@ Intervals are 95 % percentile bootstraps over topics: a topic's prompts are draw
     must state at least as many supported facts, and gain even if what it has no value for is 0.
   * calibration: facts that have both a confidence and a verdict (03 twice over the same rows).
   * shift: the tuned model's first choices along its greedy responses, ranked by the base.
+  * winrate, two files: rows of 01 or 03 with the same id and prompt; a judge sees each pair in both
+    orders, the preference of tuned is the mean (AlpacaEval: 1 won, 1/2 tie, 0 lost). --out writes
+    AlpacaEval's annotations (output_1 base, output_2 tuned, preference 1 to 2). ties and
+    first_place_wins (50 % is unbiased) are of all verdicts, orders_disagree of the pairs.
+  * winrate, one file: MT-Bench's single rating, 1 to 10; a row's "reference" or "answer" is shown.
+  * qa: rows with "label" 1 (a false premise) pass where the reply points it out, 0 where it answers
+    and does not; "unknown" true where it says that nobody knows, false where an "answer" stands in
+    it. hard: 1 and true; easy: 0 and false; balanced: their mean; precision, recall (it is hard),
+    f1: of finding what is false or unknown. By phrases and a row's "check", a regex, or a judge.
 
 Not as in the papers: SAFE and FactAlign count repeated facts again and fix K (64, 100); here K is
 the base's median_claims (S+NS of its judged dev responses), rounded up, kept in data/protocol.json.
+AlpacaEval asks once, in an order drawn by chance, and also has a rate that is controlled for
+length; MT-Bench takes the first rating in a reply, here it must stand at its end.
 
   python 06_eval.py score --in runs/demo/base.jsonl
   python 06_eval.py compare base=b.jsonl base-cool=bc.jsonl tuned=t.jsonl rft=r.jsonl --show 3
+  python 06_eval.py compare base=b.jsonl tuned=t.jsonl --report report.html --pictures runs/look
   python 06_eval.py agreement --in runs/label/verified.jsonl --by half,kind
   python 06_eval.py calibration --in runs/dev/verified.jsonl --out reliability.png
   python 06_eval.py shift in=greedy.jsonl ood=ood.jsonl --model runs/a/tuned --out shift.png
+  python 06_eval.py winrate base=b.jsonl tuned=t.jsonl --model JUDGE --base-url URL
+  python 06_eval.py qa base=b.jsonl tuned=t.jsonl
   python 06_eval.py plot dpo=runs/a/log.jsonl kto=runs/b/log.jsonl --out curves.png
 """
 import argparse
@@ -38,13 +52,16 @@ import json
 import math
 import re
 import sys
+from base64 import b64encode
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median
 from textwrap import shorten
 
-from common import (as_messages, die, load_model, progress, prompt_ids, read_jsonl, report, run,
-                    write_whole)
+from common import (answer_of, as_messages, chat, chat_arguments, die, load_model, progress,
+                    prompt_ids, read_jsonl, report, run, template, workers, write_whole)
+from rules import ascii_lower
 
 PROTOCOL = json.loads(Path(__file__).parent.joinpath("data", "protocol.json").read_text("utf-8"))
 LABELS = ("S", "NS", "IR", None)
@@ -52,7 +69,8 @@ BASES = ("base", "base-cool", "base-greedy")
 SHIFT = ("unshifted", "marginal", "shifted")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
 WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
-PLAIN = ("supported", "unsupported", "facts", "words", "ratio")  # the others are shown in per cent
+ON_PAGE = ("f1_at_k", "supported", "unsupported", "words", "unjudged", "cut_by_length")
+PLAIN = ("supported", "unsupported", "facts", "words", "ratio", "rating")  # others: per cent
 TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "unjudged", "cut_by_length")
 PAIRED = ("base", "tuned", "difference", "ratio", "headroom")
 VERDICT = ("f1_at_k", "precision",
@@ -65,7 +83,8 @@ def parse_args():
     add = p.add_subparsers(dest="command", required=True).add_parser
     score = add("score", help="all metrics of one file")
     compare = add("compare", help="base and tuned in one table, and the verdict")
-    compare.add_argument("--show", type=int, default=0, metavar="N", help="N pairs for the eye")
+    compare.add_argument("--show", type=int, default=0, metavar="N", help="N prompts for the eye")
+    compare.add_argument("--report", metavar="FILE", help="write a page of N, else 25, prompts")
     compare.add_argument("--out-md", metavar="FILE", help="write what is printed there too")
     compare.add_argument("--out-json", metavar="FILE", help="write the numbers there")
     compare.add_argument("--pictures", metavar="DIR", help="draw plane, prompts and facts there")
@@ -77,23 +96,34 @@ def parse_args():
     shift.add_argument("--base", default="data/world/model", help="the model before tuning")
     shift.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     plot = add("plot", help="training curves")
+    winrate = add("winrate", help="a judge: tuned against base, or the rating of one file")
+    winrate.add_argument("--out", metavar="FILE", help="AlpacaEval's annotations, of two files")
+    qa = add("qa", help="are false premises pointed out, is the unknown owned up to?")
+    for command in (winrate, qa):
+        command.add_argument("--model", metavar="NAME", help="the judge, as its server calls it")
+        command.add_argument("--max-tokens", type=int, default=1024, help="of a reply")
+        command.add_argument("--concurrency", type=int, default=32, help="calls at a time")
+        chat_arguments(command)
     for command in (score, agreement, calibration):
         command.add_argument("--in", dest="inp", required=True, metavar="FILE", help="03's rows")
-    for command in (compare, shift, plot):
+    for command in (compare, shift, plot, winrate, qa):
         command.add_argument("files", nargs="+", metavar="NAME=FILE", help="base, tuned, ...")
-    for command in (score, agreement, calibration, shift):
+    for command in (score, agreement, calibration, shift, winrate, qa):
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     for command in (calibration, shift, plot):
         command.add_argument("--out", required=command is plot, metavar="FILE",
                              help="picture to write: .png or .svg")
     for command in (score, compare):
         command.add_argument("--k", type=int, default=PROTOCOL["k"], help="of F1@K (protocol.json)")
-    for command in (score, compare, calibration, shift):
+    for command in (score, compare, calibration, shift, winrate, qa):
         command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = p.parse_args()
     if "k" in args and (args.k or 0) < 1:
         die(f"expected --k of at least 1, found {args.k}; `score --k 1` prints median_claims")
-    if getattr(args, "out", None) and not args.out.endswith((".png", ".svg")):
+    if min(getattr(args, "max_tokens", 1), getattr(args, "concurrency", 1)) < 1:
+        die("--max-tokens and --concurrency must be at least 1")
+    picture = args.command != "winrate" and getattr(args, "out", None)
+    if picture and not picture.endswith((".png", ".svg")):
         die(f"expected a .png or .svg as --out, found {args.out}")
     return args
 
@@ -132,9 +162,14 @@ def read_responses(path, k):
     for row in rows:
         if not all(label in fact for fact in row["facts"]):
             die(f"{path}: expected {label!r} in every fact (03_verify.py), not so in {row['id']!r}")
-        row["prompt_id"] = str(row.get("prompt_id") or row["id"])
-    return [{"prompt": row["prompt_id"], "topic": str(row.get("topic") or row["prompt_id"]),
-             "row": row, "label": label, "values": measure(row, label, k, kinds)} for row in rows]
+    return [{**case(row, measure(row, label, k, kinds)), "row": row, "label": label}
+            for row in rows]
+
+
+def case(row, values):
+    """What means are made of: a row's prompt and topic, and its values."""
+    prompt = str(row.get("prompt_id") or row["id"])
+    return {"prompt": prompt, "topic": str(row.get("topic") or prompt), "values": values}
 
 
 def ratio(a, b):
@@ -165,6 +200,11 @@ def rates(facts, k):
     return dict.fromkeys(found) if 5 * null > len(facts) else found
 
 
+def spoken(response):
+    """A response without its reasoning block, which 02 passes over, too."""
+    return re.sub(r"^\s*<think>.*?(</think>|$)", "", response, flags=re.DOTALL).strip()
+
+
 def measure(row, label, k, kinds):
     """{metric, or (kind, "share" or "precision"): value} of one response; None: it has none."""
     said = row["facts"]
@@ -180,8 +220,7 @@ def measure(row, label, k, kinds):
         part = [fact for fact in facts if fact[1] == kind]
         values[kind, "share"] = ratio(len(part), len(facts))
         values[kind, "precision"] = rates(facts if unjudged else part, k)["precision"]
-    # 02 passes over a reasoning block, too
-    words = re.sub(r"^\s*<think>.*?(</think>|$)", "", row["response"], flags=re.DOTALL).split()
+    words = spoken(row["response"]).split()
     responded = any(fact[0] for fact in facts) or bool(words) and not row.get("abstained")
     repeated = ratio(len(said) - len(facts), len(said)) if label == "label" else None
     return values | {"facts": len(facts) if responded else None, "words": len(words),
@@ -216,6 +255,11 @@ def by_prompt(responses, name, reduce=fmean):
     return {prompt: reduce(values) for prompt, values in found.items()}
 
 
+def means(cases, names, seed=0):
+    topic_of = {c["prompt"]: c["topic"] for c in cases}
+    return {name: estimate(topic_of, by_prompt(cases, name), seed=seed) for name in names}
+
+
 def summarise(responses, k, seed=0):
     """The object that `score --json` prints."""
     topic_of, metrics, by_kind = {r["prompt"]: r["topic"] for r in responses}, {}, {}
@@ -243,7 +287,7 @@ def cell(found, name=""):
         return "-"
     scale, digits, unit = (1, 2, "") if name in PLAIN else (100, 1, " %")
     mean, *ends = (f"{found[part] * scale:.{digits}f}" for part in ("mean", "lo", "hi")
-                   if found[part] is not None)
+                   if found.get(part) is not None)
     return mean + unit + (f" [{', '.join(ends)}]" if ends else "")
 
 
@@ -362,11 +406,17 @@ def tables(rows, found):
     return text
 
 
+def spread(sets, n):
+    """n prompts, evenly spread over those that all sets have."""
+    asked, *others = (by_prompt(responses, "words") for responses in sets.values())
+    shared = [prompt for prompt in asked if all(prompt in other for other in others)]
+    return list(dict.fromkeys(shared[i * len(shared) // n] for i in range(n if shared else 0)))
+
+
 def side_by_side(sets, n):
     """Markdown of n prompts, spread over those of all sets: first responses, labelled facts."""
     first = {name: {r["prompt"]: r for r in reversed(sets[name])} for name in sets}
-    shared = [p for p in reversed(first["base"]) if all(p in found for found in first.values())]
-    for prompt in dict.fromkeys(shared[i * len(shared) // n] for i in range(n if shared else 0)):
+    for prompt in spread(sets, n):
         yield f"\n## {prompt}\n"
         for name in first:
             row, label = first[name][prompt]["row"], first[name][prompt]["label"]
@@ -394,6 +444,48 @@ def draw(folder, sets, rows, tuned, k):
     pictures.save(pictures.facts_per_response(counts), f"{folder}/facts.png")
 
 
+def page(sets, rows, found, show):
+    """data/report.html filled in: summaries, verdicts, `show` prompts with all their responses."""
+    passages, prompts = {}, []  # evidence: each passage once, facts hold its number
+
+    def place(e):
+        title, field, text = (str(e.get(part, "")) for part in ("title", "field", "text"))
+        return passages.setdefault((title, field, text[:1000] + "…" * (len(text) > 1000)),
+                                   len(passages))
+
+    def shown(response):
+        row, label, values = response["row"], response["label"], response["values"]
+        return {**{name: values[name] for name in ON_PAGE}, "abstained": row.get("abstained"),
+                "text": row["response"], "sentences": [[part.get("start"), part.get("end"), [
+                    [fact["text"], fact[label], fact.get("kind"),
+                     [place(e) for e in fact.get("evidence") or []], bool(fact.get("repeats"))]
+                    for fact in part["facts"]]]
+                    for part in row.get("sentences", [row])]}
+
+    f1 = [by_prompt(responses, "f1_at_k") for responses in sets.values()]
+    for name in spread(sets, show):
+        sides = [[r for r in responses if r["prompt"] == name] for responses in sets.values()]
+        row = sides[0][0]["row"]
+        prompts.append({"id": name, "topic": sides[0][0]["topic"], "f1": [f.get(name) for f in f1],
+                        "prompt": row.get("prompt", row.get("input")),
+                        "sides": [[shown(r) for r in side] for side in sides]})
+    return fill("report.html", {"names": list(sets), "rows": list(rows.values()), "verdict": found,
+                                "prompts": prompts, "passages": list(passages)})
+
+
+def fill(name, data):
+    """A page of data/ with its data in it, allowed to run its own code and nothing else."""
+    html = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        code = html.split(f"<{tag}>")[1].split(f"</{tag}>")[0].encode()
+        html = html.replace(f"sha256-{tag.upper()}",
+                            f"sha256-{b64encode(sha256(code).digest()).decode()}")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for risky in "<\u2028\u2029":  # they could end the block that the data stand in
+        text = text.replace(risky, f"\\u{ord(risky):04x}")
+    return html.replace(">DATA<", f">{text}<")
+
+
 def run_compare(args):
     sets, tuned = read_sets(args)
     rows = {name: summarise(responses, args.k, args.seed) for name, responses in sets.items()}
@@ -406,6 +498,8 @@ def run_compare(args):
     for path, written in ((args.out_md, text), (args.out_json, numbers)):
         if path:
             write_whole(path, written)
+    if args.report:
+        write_whole(args.report, page(sets, rows, found, args.show or 25))
     if args.pictures:
         draw(args.pictures, sets, rows, tuned, args.k)
     report(files=len(args.files), prompts=rows["base"]["n_prompts"], k=args.k)
@@ -533,10 +627,7 @@ def shift_of(rows, found, seed=0):
         counts = Counter(SHIFT[(rank > 1) + (rank > 3)] for rank in some)
         return {name: counts[name] / len(some) for name in SHIFT}
 
-    responses = [{"prompt": row["prompt_id"], "values": shares(of_row)}
-                 for row, of_row in zip(rows, found)]
-    topic_of = {row["prompt_id"]: str(row.get("topic") or row["prompt_id"]) for row in rows}
-    result = {name: estimate(topic_of, by_prompt(responses, name), seed=seed) for name in SHIFT}
+    result = means([case(row, shares(of_row)) for row, of_row in zip(rows, found)], SHIFT, seed)
     steps = {}
     for of_row in found:
         for position, rank in enumerate(of_row, 1):
@@ -558,8 +649,6 @@ def run_shift(args):
     results, tokens = {}, 0
     for name, rows in sets.items():
         rows = [row for row in rows if row["response"] or row["finish"] == "stop"]
-        for row in rows:
-            row["prompt_id"] = str(row.get("prompt_id") or row["id"])
         found, own = zip(*(ranks((tuned, base), tokenizer, row, device) for row in progress(rows)))
         same = fmean(token for of_row in own for token in of_row)
         if same < 0.9:
@@ -596,12 +685,196 @@ def run_plot(args):
     report(runs=len(logs), rows=sum(map(len, logs.values())))
 
 
+# ---------------------------------------------------------------------------------------------
+# winrate, qa: a judge, which of two responses is better, how good one is, what it owns up to
+
+FIRST, YES = {"a": 1.0, "tie": 0.5, "b": 0.0}, {"yes": True, "no": False}  # a judge's [[words]]
+PREFERRED = ("win_rate", "ties", "orders_disagree", "first_place_wins", "words_base", "words_tuned")
+# What points out a false premise; what says that nobody knows, or gives no answer
+REBUTS = re.compile(r"(?i)\b(?:false|incorrect|mistaken|misconception|no such|contrary to|"
+                    r"not (?:true|correct|accurate|the case|actually)|there (?:is|are|was|were) no|"
+                    r"(?:has|have|had) (?:no|never)|do(?:es)?(?: not|n't) (?:exist|have|share))\b")
+UNSURE = re.compile(r"(?i)\bun(?:known|certain|knowable|predictable)|\b(?:impossible|hard) to\b|"
+                    r"(?:not|n't) (?:yet |publicly )?(?:be )?(?:known?|certain|recorded|sure)\b|"
+                    r"\b(?:no one|nobody) (?:knows|can)|\bno (?:record|way|reliable|definite)|"
+                    r"\b(?:cannot|can not|can't|unable to|do not have|don't have|as an ai)\b|"
+                    r"\b(?:i'm|i am) sorry\b|\bi apologi[sz]e")
+
+
+def read_replies(path, parts=lambda row: None):
+    """01's rows or later ones. "shown": what a judge sees of each, all turns and the response."""
+    def wrong(row):
+        try:
+            turns = as_messages(row["prompt"])
+            asked = "\n\n".join(turn["role"].title() + ": " + turn["content"] for turn in turns)
+            row["shown"] = {"prompt": asked if turns[1:] else turns[0]["content"],
+                            "response": spoken(row["response"]) or "(empty)"}
+            return parts(row)
+        except (TypeError, KeyError, AttributeError, IndexError, re.error):
+            return ("'prompt' as text or as messages of 'role' and 'content', 'check' as a regex, "
+                    "'answer' as text or a list")
+    return read_jsonl(path, {"prompt": (str, list), "response": str}, "01_generate.py", parts=wrong)
+
+
+def chosen(reply, values):
+    """The value of the word that a reply ends with, [[word]] in a line of its own."""
+    form = rf"(?i)\W*(?:(?:final )?(?:verdict|answer)\W*)?\[\[({'|'.join(values)})\]\]\W*"
+    found = re.fullmatch(form, answer_of(reply).strip().rpartition("\n")[2])
+    return found and values[found[1].lower()]
+
+
+def mark(reply):
+    """The one rating in its last line, as MT-Bench has it: [[7]], [[7.5]], or at worst [7]."""
+    line = answer_of(reply).strip().rpartition("\n")[2]
+    found = re.findall(r"\[\[(\d+\.?\d*)\]\]", line) or re.findall(r"(?<!\w)\[(\d+\.?\d*)\]", line)
+    return float(found[0]) if len(found) == 1 and 1 <= float(found[0]) <= 10 else None
+
+
+def judged(args, questions, parse, stand_in):
+    """([a verdict on each (template, fields)], what they cost). None: the call failed or brought no
+    verdict; stderr says so, and the same command asks again."""
+    (ask, spent), errors = chat(args), ["a reply without a verdict"]
+
+    def verdict(question):
+        try:
+            return ask(template(question[0], **question[1]), parse, stand_in, temperature=0.0,
+                       max_tokens=args.max_tokens, seed=args.seed)
+        except ConnectionError as error:
+            errors.append(error)
+
+    with workers(args.concurrency) as pool:
+        found = list(progress(pool.map(verdict, questions), total=len(questions)))
+    if None in found:
+        print(f"{found.count(None)} verdicts are missing, {len(errors) - 1} by failed calls, last: "
+              f"{errors[-1]}\nThe same command asks for them again", file=sys.stderr)
+    return found, spent
+
+
+def tell(args, found, spent, **counts):
+    """Print the figures {group: {"n", column: mean}}, but not of a dry run. Returns the status."""
+    by = args.model or "phrases"
+    columns = list(next(iter(found.values())))
+    text = table([f"by {by}", *columns], [
+        [group, str(m["n"]), *(cell(m[name], name.partition("_")[0]) for name in columns[1:])]
+        for group, m in found.items()])
+    if not args.dry_run:
+        print(json.dumps({"by": by, **counts, "rows": found}, indent=1) if args.json else text)
+    report(**counts, **spent)
+    return 1 if counts["missing"] else 0
+
+
+def run_winrate(args):
+    sets = {name: read_replies(path) for name, path in named(args.files).items()}
+    if len(sets) > 2 or args.out and len(sets) < 2:
+        die(f"expected two files, or one and no --out, found {' '.join(args.files)}")
+    return (pairwise if len(sets) == 2 else single)(args, *sets, *sets.values())
+
+
+def pairwise(args, base, tuned, first, second):
+    """AlpacaEval's preference, the mean of both orders, and its annotations."""
+    partner = {row["id"]: row for row in second}
+    pairs = [(row, partner[row["id"]]) for row in first
+             if partner.get(row["id"], {}).get("prompt") == row["prompt"]]
+    if not pairs:
+        die(f"expected rows of {base} and {tuned} with the same id and prompt, found none")
+    won, spent = judged(args, [
+        ("prefer", {"prompt": a["shown"]["prompt"], "first": x["shown"]["response"],
+                    "second": y["shown"]["response"]})
+        for a, b in pairs for x, y in ((a, b), (b, a))], lambda r: chosen(r, FIRST), "[[tie]]")
+    cases, rows = [], []
+    for (a, b), *both in zip(pairs, won[::2], won[1::2]):  # how far the first place wins
+        if None not in both:
+            win = (1 - both[0] + both[1]) / 2
+            values = [win, both.count(0.5) / 2, both in ([0, 0], [1, 1]), fmean(both),
+                      *(len(spoken(row["response"]).split()) for row in (a, b))]
+            cases.append(case(a, dict(zip(PREFERRED, values))))
+            rows.append({"instruction": a["shown"]["prompt"], "output_1": a["response"],
+                         "generator_1": base, "output_2": b["response"], "generator_2": tuned,
+                         "annotator": args.model, "preference": 1 + win})
+    if args.out and not args.dry_run:
+        write_whole(args.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    found = {"n": len(cases), **means(cases, PREFERRED, args.seed)}
+    return tell(args, {f"{tuned} against {base}": found}, spent, missing=len(pairs) - len(cases),
+                without_partner=len(first) + len(second) - 2 * len(pairs))
+
+
+def single(args, name, rows):
+    """MT-Bench's rating of one response: of all, by turn, by category."""
+    questions, groups = [], {}
+    for row in rows:
+        right = row.get("reference") or row.get("answer") or []
+        right = "\n".join(map(str, right if isinstance(right, list) else [right]))
+        right = right and f"\nAn answer that is known to be right:\n{right}\n"
+        questions.append(("grade", {**row["shown"], "reference": right}))
+    marks, spent = judged(args, questions, mark, "[[5]]")
+    for row, rating in zip(rows, marks):
+        turns = isinstance(row["prompt"], list) and sum(t["role"] == "user" for t in row["prompt"])
+        category = "category" in row and f"category {row['category']}"
+        for group in filter(None, (name, turns and f"turn {turns}", category)):
+            groups.setdefault(group, []).append(case(row, {"rating": rating}))
+    found = {group: {"n": sum(c["values"]["rating"] is not None for c in cases),
+                     **means(cases, ["rating"], args.seed)} for group, cases in groups.items()}
+    return tell(args, found, spent, missing=marks.count(None))
+
+
+def plain(text):
+    """Its words without case, diacritics and punctuation, a blank before and behind each."""
+    return f" {' '.join(re.findall('[a-z0-9]+', ascii_lower(text)))} "
+
+
+def wrong_qa(row):
+    """What was expected of a question; None where it is of FalseQA's or KUQ's form."""
+    right = row.get("answer") or []
+    row["answers"] = [] if row.get("unknown") else right if isinstance(right, list) else [right]
+    re.compile(row.get("check") or "")
+    known = row.get("unknown") is False and row["answers"] and all(
+        plain(text).strip() for text in row["answers"])
+    if not (row.get("label") in (0, 1) or row.get("unknown") is True or known):
+        return "'label' 1 (a false premise) or 0, or 'unknown' true, or false with its 'answer'"
+
+
+def qa_values(row, text, yes):
+    """hard and easy: did it pass, None where the question is of the other sort; precision: is what
+    is said to be false or unknown so. yes: the reply points out a false premise, or says that
+    nobody knows."""
+    if "label" in row:
+        hard, begins = row["label"] == 1, re.split(r"[.!?\n]", text)[0]
+        answers = not (yes or text == "" or row.get("abstained") or UNSURE.search(begins))
+    else:
+        hard, answers = row["unknown"], any(plain(a) in plain(text) for a in row["answers"])
+    return {"hard": yes if hard else None, "easy": None if hard else answers,
+            "precision": hard if yes else None}
+
+
+def run_qa(args):
+    rows = [(f"{name}: {'premise' if 'label' in row else 'unsure'}", row)
+            for name, path in named(args.files).items() for row in read_replies(path, wrong_qa)]
+    texts, spent = [spoken(row["response"]).replace("\u2019", "'") for _, row in rows], {}
+    told = [bool(UNSURE.search(text) if "label" not in row else REBUTS.search(text) or re.search(
+        row.get("check") or "(?!)", text, re.IGNORECASE)) for (_, row), text in zip(rows, texts)]
+    if args.model or args.base_url:
+        told, spent = judged(args, [(group.split(": ")[-1], row["shown"]) for group, row in rows],
+                             lambda reply: chosen(reply, YES), "[[no]]")
+    found = {}
+    for group in dict.fromkeys(group for group, _ in rows):
+        cases = [case(row, qa_values(row, text, yes)) for (name, row), text, yes
+                 in zip(rows, texts, told) if name == group and yes is not None]
+        m = means(cases, ("hard", "easy", "precision"), args.seed)
+        hard, easy, precision = (mean["mean"] for mean in m.values())
+        half = None if None in (hard, easy) else (hard + easy) / 2  # who does only one of them
+        f1 = precision and hard and 2 * precision * hard / (precision + hard)
+        found[group] = {"n": len(cases), "hard": m["hard"], "easy": m["easy"],
+                        "balanced": {"mean": half}, "precision": m["precision"],
+                        "recall": m["hard"], "f1": {"mean": f1}}
+    return tell(args, found, spent, missing=told.count(None))
+
+
 def main():
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    {"score": run_score, "compare": run_compare, "agreement": run_agreement,
-     "plot": run_plot, "calibration": run_calibration, "shift": run_shift}[args.command](args)
-    return 0
+    return {"score": run_score, "compare": run_compare, "agreement": run_agreement,
+            "plot": run_plot, "calibration": run_calibration, "shift": run_shift,
+            "winrate": run_winrate, "qa": run_qa}[args.command](args) or 0
 
 
 if __name__ == "__main__":

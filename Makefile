@@ -32,7 +32,7 @@ demo: world
 	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/tuned.samples.jsonl --model $(D)/tuned
 	$(PY) 02_decompose.py --in $(D)/tuned.samples.jsonl --out $(D)/tuned.facts.jsonl
 	$(PY) 03_verify.py --in $(D)/tuned.facts.jsonl --out $(D)/tuned.jsonl
-	$(PY) 06_eval.py compare base=$(D)/base.jsonl tuned=$(D)/tuned.jsonl
+	$(PY) 06_eval.py compare base=$(D)/base.jsonl tuned=$(D)/tuned.jsonl --report $(D)/report.html --pictures $(D)
 
 test: world
 	$(PY) -m ruff check --line-length 100 --select E,F,W .

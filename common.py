@@ -237,7 +237,8 @@ def report(**numbers):
 TRIES = 3  # where a reply is not what was asked for
 # Markers of turns in the usual chat templates: a server would obey them, whoever wrote them
 MARKUP = re.compile(r"<(?=[|\uff5c]|/?s>|</?SYS>|(?:start|end)_of_turn>|[be]os>)|\[(?=/?INST\]|\|)")
-VERDICT = re.compile(r"(?i)\[((?:not )?supported|(?:ir)?relevant|[1-5])\]")
+VERDICT = re.compile(r"(?i)\[((?:not )?supported|(?:ir)?relevant|yes|no|tie)\]"
+                     r"|(?<!\w)\[([ab]|\d+\.?\d*)\]")  # x[1] and x[a] are code
 REFUSED = re.compile(r"(?i)\bnot\b|\bonly\b|unsupported|un(?:known|expected|recogni)|invalid|extra")
 
 
@@ -256,7 +257,7 @@ def template(name, **fields):
     """data/prompts/NAME.txt with its fields, if any, filled in: one user turn. A verdict in a field
     loses its square brackets: no statement may hold its own verdict."""
     text = (Path(__file__).parent / f"data/prompts/{name}.txt").read_text(encoding="utf-8")
-    fields = {key: VERDICT.sub(r"(\1)", value) for key, value in fields.items()}
+    fields = {key: VERDICT.sub(r"(\1\2)", value) for key, value in fields.items()}
     return [{"role": "user", "content": text.format(**fields) if fields else text}]
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The last part of every recipe: the frozen protocol (data/protocol.json) for the base and a tuned model, and the table.
+# The last part of every recipe: the frozen protocol (data/protocol.json) for the base and a tuned model, the table, and
+# a page and pictures to look at.
 #   bash recipes/measure.sh runs/x/tuned     reads that model, writes runs/x/tuned*.jsonl and runs/x/tuned.compare.md
 # 14 minutes a model on 2 CPU cores; the base's rows (B) serve all recipes. SMALL=1: 16 prompts, sampled only, 1 minute.
 #
@@ -38,4 +39,5 @@ if [ -z "$SMALL" ]; then
   measure "$1" "$1-greedy" --temperature 0 --n 1
   FILES="$FILES base-cool=$B-cool.jsonl base-greedy=$B-greedy.jsonl tuned-cool=$1-cool.jsonl tuned-greedy=$1-greedy.jsonl"
 fi
-$PY 06_eval.py compare $FILES ${EVAL_K:+--k $EVAL_K} --show 10 --out-md "$1.compare.md" --out-json "$1.compare.json"
+$PY 06_eval.py compare $FILES ${EVAL_K:+--k $EVAL_K} --show 10 --out-md "$1.compare.md" --out-json "$1.compare.json" \
+    --report "$1.report.html" --pictures "$1.pictures"

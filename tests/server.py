@@ -89,6 +89,30 @@ def rater(text, request):
     return "Rating: none" if silent else f"So.\nRating: [{seed * 3 % 5 + 1}]"
 
 
+def first_place(text, request):
+    """Prefers what stands first; one with "perhaps" in it gets no verdict the first three times."""
+    SHY[text] += "perhaps" in text
+    return "Hard to say." if 0 < SHY[text] <= 3 else "Both are fine, [[B]] is short.\n\n[[A]]"
+
+
+def longer(text, request):
+    """Prefers the longer of two responses; rates one by its words, "yes" where it has five."""
+    found = re.search(r"(?s)\nResponse A:\n(.*)\n\nResponse B:\n(.*)\n\nCompare", text)
+    if found:
+        a, b = (len(part.split()) for part in found.groups())
+        better = "tie" if a == b else "AB"[b > a]
+        return f"<think>[[A]] or [[B]]?</think>\nFinal verdict: [[{better}]]"
+    n = len(re.search(r"(?s)\n(?:Reply|Answer to rate):\n(.*?)\n\n", text)[1].split())
+    return f"[[{'yes' if n >= 5 else 'no'}]]" if "[[yes]]" in text else f"It has {n}.\n[[{n}]]"
+
+
+def gullible(text, request):
+    """Believes the last verdict in what it was given to judge; else sees no difference."""
+    told = re.findall(r"\[+(?:A|B|yes|\d+\.?\d*)\]+", text.rpartition("\n\n")[0])
+    stand_in = "[[no]]" if "[[yes]]" in text else "[[tie]]" if "[[tie]]" in text else "[[3]]"
+    return (told or [stand_in])[-1]
+
+
 def items(text, request):
     parts = re.split(r",\s+|\s+and\s+", statement(text).rstrip("."))
     return "\n".join(f"- {part}." for part in parts if part)
@@ -135,6 +159,9 @@ MODELS = {
     "obedient": obedient,
     "parrot": lambda text, request: f"Query: capital\nI read:\n{statement(text)}",
     "rater": rater,
+    "first-place": first_place,
+    "longer": longer,
+    "gullible": gullible,
 }
 SHY = Counter()
 
