@@ -52,9 +52,7 @@ import json
 import math
 import re
 import sys
-from base64 import b64encode
 from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median
 from textwrap import shorten
@@ -69,7 +67,6 @@ BASES = ("base", "base-cool", "base-greedy")
 SHIFT = ("unshifted", "marginal", "shifted")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
 WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
-ON_PAGE = ("f1_at_k", "supported", "unsupported", "words", "unjudged", "cut_by_length")
 PLAIN = ("supported", "unsupported", "facts", "words", "ratio", "rating")  # others: per cent
 TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "unjudged", "cut_by_length")
 PAIRED = ("base", "tuned", "difference", "ratio", "headroom")
@@ -193,10 +190,10 @@ def rates(facts, k):
     """What labels say of [(label, kind)]; None where nothing, all None where > 20 % are null."""
     s, ns, ir, null = (sum(label == wanted for label, _ in facts) for wanted in LABELS)
     n = s + ns + ir
-    found = {"f1_at_k": f1_at_k(s, ns, k), "precision": ratio(s, s + ns),
-             "recall_at_k": min(s / k, 1.0), "factscore": ratio(s, n),
-             "factscore_penalised": ratio(s * length_penalty(n), n), "irrelevant": ratio(ir, n),
-             "supported": s, "unsupported": ns}
+    found = {"f1_at_k": f1_at_k(s, ns, k), "f1_at_2k": f1_at_k(s, ns, 2 * k),
+             "precision": ratio(s, s + ns), "recall_at_k": min(s / k, 1.0),
+             "supported": s, "unsupported": ns, "irrelevant": ratio(ir, n),
+             "factscore": ratio(s, n), "factscore_penalised": ratio(s * length_penalty(n), n)}
     return dict.fromkeys(found) if 5 * null > len(facts) else found
 
 
@@ -444,48 +441,6 @@ def draw(folder, sets, rows, tuned, k):
     pictures.save(pictures.facts_per_response(counts), f"{folder}/facts.png")
 
 
-def page(sets, rows, found, show):
-    """data/report.html filled in: summaries, verdicts, `show` prompts with all their responses."""
-    passages, prompts = {}, []  # evidence: each passage once, facts hold its number
-
-    def place(e):
-        title, field, text = (str(e.get(part, "")) for part in ("title", "field", "text"))
-        return passages.setdefault((title, field, text[:1000] + "…" * (len(text) > 1000)),
-                                   len(passages))
-
-    def shown(response):
-        row, label, values = response["row"], response["label"], response["values"]
-        return {**{name: values[name] for name in ON_PAGE}, "abstained": row.get("abstained"),
-                "text": row["response"], "sentences": [[part.get("start"), part.get("end"), [
-                    [fact["text"], fact[label], fact.get("kind"),
-                     [place(e) for e in fact.get("evidence") or []], bool(fact.get("repeats"))]
-                    for fact in part["facts"]]]
-                    for part in row.get("sentences", [row])]}
-
-    f1 = [by_prompt(responses, "f1_at_k") for responses in sets.values()]
-    for name in spread(sets, show):
-        sides = [[r for r in responses if r["prompt"] == name] for responses in sets.values()]
-        row = sides[0][0]["row"]
-        prompts.append({"id": name, "topic": sides[0][0]["topic"], "f1": [f.get(name) for f in f1],
-                        "prompt": row.get("prompt", row.get("input")),
-                        "sides": [[shown(r) for r in side] for side in sides]})
-    return fill("report.html", {"names": list(sets), "rows": list(rows.values()), "verdict": found,
-                                "prompts": prompts, "passages": list(passages)})
-
-
-def fill(name, data):
-    """A page of data/ with its data in it, allowed to run its own code and nothing else."""
-    html = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
-    for tag in ("style", "script"):
-        code = html.split(f"<{tag}>")[1].split(f"</{tag}>")[0].encode()
-        html = html.replace(f"sha256-{tag.upper()}",
-                            f"sha256-{b64encode(sha256(code).digest()).decode()}")
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    for risky in "<\u2028\u2029":  # they could end the block that the data stand in
-        text = text.replace(risky, f"\\u{ord(risky):04x}")
-    return html.replace(">DATA<", f">{text}<")
-
-
 def run_compare(args):
     sets, tuned = read_sets(args)
     rows = {name: summarise(responses, args.k, args.seed) for name, responses in sets.items()}
@@ -499,7 +454,9 @@ def run_compare(args):
         if path:
             write_whole(path, written)
     if args.report:
-        write_whole(args.report, page(sets, rows, found, args.show or 25))
+        from data import pictures
+        prompts = spread(sets, args.show or 25)
+        write_whole(args.report, pictures.page(sets, rows, found, prompts))
     if args.pictures:
         draw(args.pictures, sets, rows, tuned, args.k)
     report(files=len(args.files), prompts=rows["base"]["n_prompts"], k=args.k)

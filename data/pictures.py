@@ -1,10 +1,13 @@
 """
-What 06_eval.py draws, one function a picture. Each returns a matplotlib Figure made of plain
-numbers. Colours are Okabe and Ito's, which colour-blind readers tell apart; where a colour means
-something, a marker or a line style says it, too.
+What 06_eval.py shows to the eye: one function a picture, each a matplotlib Figure made of plain
+numbers, and the page. Colours are Okabe and Ito's, which colour-blind readers tell apart; where a
+colour means something, a marker or a line style says it, too.
 """
+import json
 import math
 import re
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +16,7 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = {"": "o", "-cool": "s", "-greedy": "^", " best-of": "*"}  # by decoding
 PANELS = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")))
 GREY = "#767676"
+ON_PAGE = ("f1_at_k", "supported", "unsupported", "words", "unjudged", "cut_by_length")
 
 
 def canvas(panels=1, width=5.0, height=4.2):
@@ -160,3 +164,51 @@ def reliability(found):
                  xlim=(-0.03, 1.03), ylim=(-3, 103))
     legend(figure, "bars: 95 % intervals over topics; the larger a dot, the more facts")
     return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+
+def page(sets, rows, found, asked):
+    """data/report.html filled in, as text. sets: {name: 06's responses}, rows: their summaries,
+    found: the verdicts, asked: the prompts to show, with all their responses."""
+    passages, prompts = {}, []  # evidence: each passage once, facts hold its number
+
+    def place(e):
+        title, field, text = (str(e.get(part, "")) for part in ("title", "field", "text"))
+        return passages.setdefault((title, field, text[:1000] + "…" * (len(text) > 1000)),
+                                   len(passages))
+
+    def shown(response):
+        row, label, values = response["row"], response["label"], response["values"]
+        return {**{name: values[name] for name in ON_PAGE}, "abstained": row.get("abstained"),
+                "text": row["response"], "sentences": [[part.get("start"), part.get("end"), [
+                    [fact["text"], fact[label], fact.get("kind"),
+                     [place(e) for e in fact.get("evidence") or []], bool(fact.get("repeats"))]
+                    for fact in part["facts"]]]
+                    for part in row.get("sentences", [row])]}
+
+    for name in asked:
+        sides = [[r for r in responses if r["prompt"] == name] for responses in sets.values()]
+        f1 = [[r["values"]["f1_at_k"] for r in side] for side in sides]
+        f1 = [[value for value in side if value is not None] for side in f1]
+        row = sides[0][0]["row"]
+        prompts.append({"id": name, "topic": sides[0][0]["topic"],
+                        "f1": [fmean(side) if side else None for side in f1],
+                        "prompt": row.get("prompt", row.get("input")),
+                        "sides": [[shown(r) for r in side] for side in sides]})
+    return fill("report.html", {"names": list(sets), "rows": list(rows.values()), "verdict": found,
+                                "prompts": prompts, "passages": list(passages)})
+
+
+def fill(name, data):
+    """A page of data/ with its data in it, allowed to run its own code and nothing else."""
+    html = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        code = html.split(f"<{tag}>")[1].split(f"</{tag}>")[0].encode()
+        html = html.replace(f"sha256-{tag.upper()}",
+                            f"sha256-{b64encode(sha256(code).digest()).decode()}")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for risky in "<\u2028\u2029":  # they could end the block that the data stand in
+        text = text.replace(risky, f"\\u{ord(risky):04x}")
+    return html.replace(">DATA<", f">{text}<")

@@ -197,13 +197,17 @@ def load(corpus):
     return {fold(title): Country(title, entry) for title, entry in fields.items()}
 
 
-def main():
+def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--in", dest="inp", nargs="+", required=True, metavar="FILE", help="03's rows")
     p.add_argument("--out-dir", required=True, metavar="DIR", help="for two files of every FILE")
     p.add_argument("--corpus", default="data/world/countries.jsonl", metavar="FILE")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
     if len({Path(path).stem for path in args.inp}) < len(args.inp):
         die("--in: two files of one stem would write the same file")
     countries = load(args.corpus)

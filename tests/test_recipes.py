@@ -373,7 +373,8 @@ set -e
 (IFS=$'\x1f'; printf '%s\x1e' "$*" >> "$NOTES")
 for word in "$@"; do
   case $before in
-    --out | --questions-out | --eval-out | --out-md | --out-json) outs="$outs $word";;
+    --out | --questions-out | --eval-out | --out-md | --out-json | --report | --pictures)
+      outs="$outs $word";;
     *) for path in "$word" "${word#*=}"; do
          case $path in runs/* | data/prompts* | given.jsonl | mine.jsonl)
            [ -e "$path" ] || { echo "$path is not there" >&2; exit 3; };;
