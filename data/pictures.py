@@ -26,11 +26,11 @@ def canvas(panels=1, width=5.0, height=4.2):
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def legend(figure, title=""):
-    """One legend for all panels, above them."""
+def legend(figure, title="", loc="outside upper center", ncols=4):
+    """One legend for all panels."""
     found = {label: handle for axes in figure.axes
              for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(found.values(), found, loc="outside upper center", ncols=4, title=title)
+    figure.legend(found.values(), found, loc=loc, ncols=ncols, title=title)
 
 
 def styles(names):
@@ -68,7 +68,7 @@ def plane(points, k):
     """Precision over recall at K (FactAlign, figure 3) of {name: {"precision", "recall_at_k"}},
     each {"mean", "lo", "hi"} in shares. Decodings of a model share a colour; round1, round2, ...
     are joined. Dotted: where the two means have the same harmonic mean."""
-    figure, (axes,) = canvas(width=6, height=5)
+    figure, (axes,) = canvas(width=7.5, height=5)
     models, paths = {}, {}
     for name in points:
         model, number, decoding = re.fullmatch(
@@ -92,8 +92,8 @@ def plane(points, k):
         axes.plot(recalls, [f1 * r / (2 * r - f1) for r in recalls], ":", color=GREY,
                   linewidth=0.7, zorder=0)
     axes.set(xlabel=f"recall at {k}, %", ylabel="precision, %", xlim=(max(0, left), right),
-             ylim=(max(0, low), high))
-    legend(figure, "crosses: 95 % intervals over topics; dotted: equal F1")
+             ylim=(max(0, low), high), title="crosses: 95 % intervals; dotted: equal F1")
+    legend(figure, loc="outside right upper", ncols=1)  # many names, some long
     return figure
 
 
