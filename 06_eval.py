@@ -41,7 +41,7 @@ length; MT-Bench takes the first rating in a reply, here it must stand at its en
   python 06_eval.py compare base=b.jsonl base-cool=bc.jsonl tuned=t.jsonl rft=r.jsonl --show 3
   python 06_eval.py compare base=b.jsonl tuned=t.jsonl --report report.html --pictures runs/look
   python 06_eval.py agreement --in runs/label/verified.jsonl --by half,kind
-  python 06_eval.py calibration --in runs/dev/verified.jsonl --out reliability.png
+  python 06_eval.py calibration --in runs/dev/both.jsonl --out reliability.png
   python 06_eval.py shift in=greedy.jsonl ood=ood.jsonl --model runs/a/tuned --out shift.png
   python 06_eval.py winrate base=b.jsonl tuned=t.jsonl --model JUDGE --base-url URL
   python 06_eval.py qa base=b.jsonl tuned=t.jsonl
