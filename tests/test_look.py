@@ -277,6 +277,7 @@ def test_shift_and_reliability_pictures():
     figure = pictures.shift_by_position({"in-domain": buckets, "ood": buckets[:1]})
     shifted, marginal = ([list(line.get_ydata()) for line in axes.lines] for axes in figure.axes)
     assert shifted == [[20, 0], [20]] and marginal == [[10, 30], [10]]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [1, pytest.approx(6 ** .5)]
     bins = ev.calibrate(some_facts())["bins"]
     figure = pictures.reliability({"max": bins})
     line = figure.axes[0].lines[1]
