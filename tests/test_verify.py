@@ -859,11 +859,12 @@ PEOPLE = "Population", "34,352,720 (2024 est.)"
     ([("Peru lies in South America", "S", *WHERE), ("Peru lies in South America", "NS")],
      [False, False]),
     ([("Peru borders Cuba", "NS"), ("Peru borders Cuba in the west", "NS")], [False, False]),
-    ([("Peru borders Cuba", "NS", *LAND), ("Peru borders Togo", "NS", *LAND)], [False, False]),
+    ([("Bolivia and Cuba border Peru", "NS", *LAND), ("Bolivia and Togo do", "NS", *LAND)],
+     [False, False]),
     # filler is no word, a direction is one though the passage has it not
     ([("Peru is between Chile, Ecuador", "S", *WHERE), ("Peru has Chile and Ecuador", "S", *WHERE)],
      [False, True]),
-    ([("Peru borders Chile", "S", *WHERE), ("Peru borders Chile to the south", "S", *WHERE)],
+    ([("Peru borders Chile", "S", *WHERE), ("Peru borders Chile to the east", "S", *WHERE)],
      [True, False])])
 def test_supported_facts_repeat_by_what_is_carried(facts, expected):
     assert repeats(*facts) == expected
