@@ -484,7 +484,7 @@ def run_agreement(args):
     fields = [field for field in args.by.split(",") if field]
     for field in ("human", *fields):
         if not any(field in fact for fact in both):
-            die(f"{args.inp}: expected facts with 03's label, human and {field!r}, found none")
+            die(f"{args.inp}: expected facts with 03's label, and {field!r}, found none")
     found = {"all": agree(both)}
     for field in fields:
         for value in dict.fromkeys(str(fact.get(field)) for fact in both):

@@ -54,7 +54,8 @@ def run(main):
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # at once: calls under way are not waited for
-    except PermissionError as error:
+    except (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError,
+            NotADirectoryError) as error:
         die(error)
     except Exception:
         traceback.print_exc()

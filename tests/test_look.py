@@ -292,6 +292,17 @@ def test_fifteen_names_are_told_apart():
     assert len({style["color"] for style in first}) == len({s["marker"] for s in first}) == 7
 
 
+@pytest.mark.parametrize("flag, path", [("--report", "."), ("--pictures", "b.jsonl"),
+                                        ("--out-md", "b.jsonl/x.md")])
+def test_an_impossible_output_is_one_line(tmp_path, flag, path):
+    fact = {"text": "a", "label": "S"}
+    rows = [{"id": "a", "topic": "a", "response": "r", "sentences": [{"facts": [fact]}]}]
+    base = write_rows(tmp_path / "b.jsonl", rows)
+    done = call("06_eval.py", "compare", f"base={base}", flag, tmp_path / path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert str(tmp_path) in done.stderr and read_rows(base) == rows
+
+
 def test_compare_draws(tmp_path):
     def verified(prompt, labels):
         facts = [{"text": f"claim {i}", "label": label} for i, label in enumerate(labels.split())]
