@@ -25,7 +25,7 @@ Intervals are 95 % percentile bootstraps over topics: a topic's prompts are draw
   * winrate, two files: rows of 01 or 03 with the same id and prompt; a judge sees each pair in both
     orders, the preference of tuned is the mean (AlpacaEval: 1 won, 1/2 tie, 0 lost). --out writes
     AlpacaEval's annotations (output_1 base, output_2 tuned, preference 1 to 2). ties and
-    first_place_wins (50 % is unbiased) are of all verdicts, orders_disagree of the pairs.
+    first_place_wins (a tie is half, 50 % is unbiased): of verdicts; orders_disagree: of pairs.
   * winrate, one file: MT-Bench's single rating, 1 to 10; a row's "reference" or "answer" is shown.
   * qa: rows with "label" 1 (a false premise) pass where the reply points it out, 0 where it answers
     and does not; "unknown" true where it says that nobody knows, false where an "answer" stands in
@@ -115,10 +115,17 @@ def parse_args():
     for command in (score, compare, calibration, shift, winrate, qa):
         command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = p.parse_args()
+    if min(getattr(args, "seed", 0), getattr(args, "show", 0)) < 0:
+        die("--seed and --show must be at least 0")
     if "k" in args and (args.k or 0) < 1:
         die(f"expected --k of at least 1, found {args.k}; `score --k 1` prints median_claims")
     if min(getattr(args, "max_tokens", 1), getattr(args, "concurrency", 1)) < 1:
         die("--max-tokens and --concurrency must be at least 1")
+    for flag in ("out", "out_md", "out_json", "report", "pictures"):  # before a judge is paid
+        path = Path(getattr(args, flag, None) or "-")
+        if path.exists() and path.is_dir() != (flag == "pictures") or any(
+                part.exists() and not part.is_dir() for part in path.parents):
+            die(f"expected another --{flag.replace('_', '-')}: {path} cannot be written")
     picture = args.command != "winrate" and getattr(args, "out", None)
     if picture and not picture.endswith((".png", ".svg")):
         die(f"expected a .png or .svg as --out, found {args.out}")
@@ -363,12 +370,17 @@ def paired(tuned, base, name, seed=0, resamples=2000):
     return {"prompts": len(both), **found, "beats": (worst["lo"] or 0) > 0}
 
 
+def whole(rows):
+    """Those of the base's decodings that answer every prompt of base."""
+    return [base for base in BASES if base in rows
+            and rows[base]["n_prompts"] == rows["base"]["n_prompts"]]
+
+
 def verdicts(sets, rows, tuned, seed):
     """Each tuned NAME against base sampled and the better of base's decodings, column by column.
     fewer: it says fewer supported facts, a missing prompt none. Then it beats nothing."""
     for column in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
-        better = max((base for base in BASES if base in sets),
-                     key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
+        better = max(whole(rows), key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
         for name in tuned:
             for against in dict.fromkeys(("base", better)):
                 row = paired(sets[name], sets[against], column, seed)
@@ -398,8 +410,8 @@ def tables(rows, found):
                      str(row["prompts"]), *(cell(row[part], part) for part in PAIRED)])
     if found:
         text += table(["verdict: against base's better decoding", "prompts", *PAIRED], body)
-        if not set(BASES) <= set(rows):
-            text += "base-cool or base-greedy is missing: mere sharpening is not ruled out\n"
+        if len(whole(rows)) < len(BASES):
+            text += "without base-cool and base-greedy mere sharpening is not ruled out\n"
     return text
 
 
@@ -601,11 +613,14 @@ def run_shift(args):
     fields = {"prompt": (str, list), "response": str, "finish": str}
     sets = {name: read_jsonl(path, fields, "01_generate.py", parts=wrong)
             for name, path in named(args.files).items()}
+    for name, rows in sets.items():
+        sets[name] = [row for row in rows if row["response"] or row["finish"] == "stop"]
+        if not sets[name]:
+            die(f"{name}: expected responses with something in them, found none")
     tuned, tokenizer, device = load_model(args.model, device=args.device)
     base = tuned if args.base == args.model else load_model(args.base, device=args.device)[0]
     results, tokens = {}, 0
     for name, rows in sets.items():
-        rows = [row for row in rows if row["response"] or row["finish"] == "stop"]
         found, own = zip(*(ranks((tuned, base), tokenizer, row, device) for row in progress(rows)))
         same = fmean(token for of_row in own for token in of_row)
         if same < 0.9:
@@ -618,7 +633,7 @@ def run_shift(args):
                                  for name, of in results.items()])
     text += table(["position", "", "tokens", *SHIFT], [
         [f"{b['from']} to {b['to']}" if b["to"] > 1 else "1", name, str(b["tokens"]),
-         *(f"{b[part]:.1%}" for part in SHIFT)]
+         *(cell({"mean": b[part]}) for part in SHIFT)]
         for name, of in results.items() for b in of["by_position"]])
     print(json.dumps(results, indent=1) if args.json else text)
     if args.out:
@@ -724,7 +739,9 @@ def run_winrate(args):
     sets = {name: read_replies(path) for name, path in named(args.files).items()}
     if len(sets) > 2 or args.out and len(sets) < 2:
         die(f"expected two files, or one and no --out, found {' '.join(args.files)}")
-    return (pairwise if len(sets) == 2 else single)(args, *sets, *sets.values())
+    if len(sets) == 1:
+        return single(args, *sets, *sets.values())
+    return pairwise(args, *sets, *sets.values())  # the first is the base
 
 
 def pairwise(args, base, tuned, first, second):
@@ -739,8 +756,8 @@ def pairwise(args, base, tuned, first, second):
                     "second": y["shown"]["response"]})
         for a, b in pairs for x, y in ((a, b), (b, a))], lambda r: chosen(r, FIRST), "[[tie]]")
     cases, rows = [], []
-    for (a, b), *both in zip(pairs, won[::2], won[1::2]):  # how far the first place wins
-        if None not in both:
+    for (a, b), *both in zip(pairs, won[::2], won[1::2]):
+        if None not in both:  # both[0]: 1 where base, shown first, won; both[1]: where tuned did
             win = (1 - both[0] + both[1]) / 2
             values = [win, both.count(0.5) / 2, both in ([0, 0], [1, 1]), fmean(both),
                       *(len(spoken(row["response"]).split()) for row in (a, b))]
@@ -786,7 +803,8 @@ def wrong_qa(row):
     re.compile(row.get("check") or "")
     known = row.get("unknown") is False and row["answers"] and all(
         plain(text).strip() for text in row["answers"])
-    if not (row.get("label") in (0, 1) or row.get("unknown") is True or known):
+    row["sort"] = "premise" if row.get("label") in (0, 1) else "unsure"
+    if not (row["sort"] == "premise" or row.get("unknown") is True or known):
         return "'label' 1 (a false premise) or 0, or 'unknown' true, or false with its 'answer'"
 
 
@@ -794,7 +812,7 @@ def qa_values(row, text, yes):
     """hard and easy: did it pass, None where the question is of the other sort; precision: is what
     is said to be false or unknown so. yes: the reply points out a false premise, or says that
     nobody knows."""
-    if "label" in row:
+    if row["sort"] == "premise":
         hard, begins = row["label"] == 1, re.split(r"[.!?\n]", text)[0]
         answers = not (yes or text == "" or row.get("abstained") or UNSURE.search(begins))
     else:
@@ -804,13 +822,14 @@ def qa_values(row, text, yes):
 
 
 def run_qa(args):
-    rows = [(f"{name}: {'premise' if 'label' in row else 'unsure'}", row)
+    rows = [(f"{name}: {row['sort']}", row)
             for name, path in named(args.files).items() for row in read_replies(path, wrong_qa)]
     texts, spent = [spoken(row["response"]).replace("\u2019", "'") for _, row in rows], {}
-    told = [bool(UNSURE.search(text) if "label" not in row else REBUTS.search(text) or re.search(
-        row.get("check") or "(?!)", text, re.IGNORECASE)) for (_, row), text in zip(rows, texts)]
+    told = [bool(UNSURE.search(text) if row["sort"] == "unsure" else REBUTS.search(text) or
+                 re.search(row.get("check") or "(?!)", text, re.IGNORECASE))
+            for (_, row), text in zip(rows, texts)]
     if args.model or args.base_url:
-        told, spent = judged(args, [(group.split(": ")[-1], row["shown"]) for group, row in rows],
+        told, spent = judged(args, [(row["sort"], row["shown"]) for _, row in rows],
                              lambda reply: chosen(reply, YES), "[[no]]")
     found = {}
     for group in dict.fromkeys(group for group, _ in rows):
@@ -819,7 +838,9 @@ def run_qa(args):
         m = means(cases, ("hard", "easy", "precision"), args.seed)
         hard, easy, precision = (mean["mean"] for mean in m.values())
         half = None if None in (hard, easy) else (hard + easy) / 2  # who does only one of them
-        f1 = precision and hard and 2 * precision * hard / (precision + hard)
+        f1 = None if hard is None else 0.0
+        if precision and hard:
+            f1 = 2 * precision * hard / (precision + hard)
         found[group] = {"n": len(cases), "hard": m["hard"], "easy": m["easy"],
                         "balanced": {"mean": half}, "precision": m["precision"],
                         "recall": m["hard"], "f1": {"mean": f1}}

@@ -72,7 +72,7 @@ def plane(points, k):
     models, paths = {}, {}
     for name in points:
         model, number, decoding = re.fullmatch(
-            r"(.*?)(\d*)(-cool|-greedy| best-of)?(?:-\d+)?", name).groups(default="")
+            r"(.*?)((?<=round)\d+)?(-cool|-greedy| best-of)?(?:-\d+)?", name).groups(default="")
         models.setdefault(model, COLOURS[len(models) % 7])
         x, y = points[name]["recall_at_k"], points[name]["precision"]
         if None in (x["mean"], y["mean"]):
@@ -82,6 +82,8 @@ def plane(points, k):
                  for at in (x, y)]
         axes.errorbar(100 * x["mean"], 100 * y["mean"], *reversed(sides), color=models[model],
                       marker=MARKERS[decoding], markersize=8, linewidth=1, linestyle="", label=name)
+        axes.annotate(name, (100 * x["mean"], 100 * y["mean"]), xytext=(5, 5), fontsize=7,
+                      textcoords="offset points")
         if number:
             paths.setdefault((model, decoding), []).append((100 * x["mean"], 100 * y["mean"]))
     for (model, _), path in paths.items():
@@ -100,7 +102,8 @@ def plane(points, k):
 def before_after(pairs, k):
     """F1@K of each prompt before and after, {name: [(base, tuned)]}, from largest loss to gain."""
     figure, panes = canvas(len(pairs), width=4.5)
-    top = 100 * max(value for both in pairs.values() for pair in both for value in pair)
+    top = 100 * max((value for both in pairs.values() for pair in both for value in pair),
+                    default=0)
     for axes, (name, both) in zip(panes, pairs.items()):
         both = sorted(both, key=lambda pair: (pair[1] - pair[0], pair))
         said = []
@@ -119,6 +122,7 @@ def before_after(pairs, k):
 
 def facts_per_response(counts):
     """Shares of responses by their supported and unsupported facts, {name: [(S, NS)]}."""
+    counts = {name: pairs for name, pairs in counts.items() if pairs}
     figure, panes = canvas(2)
     for axes, what, side in zip(panes, ("supported", "unsupported"), (0, 1)):
         for (name, pairs), style in zip(counts.items(), styles(counts).values()):
@@ -140,7 +144,7 @@ def shift_by_position(found):
             axes.plot([math.sqrt(b["from"] * b["to"]) for b in buckets],
                       [100 * b[what] for b in buckets], label=name, **style)
         axes.set(xlabel="position of the token in the response", ylabel=f"{what} tokens, %",
-                 xscale="log", ylim=(0, None))
+                 xscale="log", ylim=(-0.02, max(1, axes.get_ylim()[1])))
         axes.xaxis.set_major_formatter("{x:.0f}")
     legend(figure, "rank of the tuned model's choice in the base: shifted > 3, marginal 2 or 3")
     return figure

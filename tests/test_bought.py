@@ -208,3 +208,14 @@ def test_silence_and_lost_verdicts_are_counted(by_file):
 
 def test_lost_verdicts_are_printed(by_file):
     assert "unjudged |" in by_file[1]
+
+
+def test_a_decoding_of_base_that_lacks_prompts_is_no_opponent(tmp_path):
+    base = [r for i in range(8) for r in responses(f"t{i}x", GOOD, BAD)]
+    tuned = [r for i in range(8) for r in responses(f"t{i}x", GOOD, GOOD)]
+    files = {"base": base, "base-cool": base, "base-greedy": responses("t0x", "S S S S S"),
+             "tuned": tuned}
+    found, text = compare(tmp_path, {name: write_rows(tmp_path / f"{name}.jsonl", rows)
+                                     for name, rows in files.items()})
+    assert {v["against"] for v in found["verdict"]} <= {"base", "base-cool"}
+    assert "sharpening is not ruled out" in text

@@ -477,7 +477,7 @@ def test_show_spreads_over_the_prompts_that_all_have(tmp_path):
     base = [row(f"{t}-all", k, "S") for t in topics for k in (0, 1)]
     tuned = [row(f"{t}-all", 0, "S") for t in reversed(topics)]  # the base's order is kept
     rft = [row(f"{t}-all", 0, "S") for t in topics[1:]]
-    for n, expected in ((-1, []), (0, []), (1, [1]), (3, [1, 4, 7]), (50, range(1, 10))):
+    for n, expected in ((0, []), (1, [1]), (3, [1, 4, 7]), (50, range(1, 10))):
         found, text = compare(tmp_path, "--show", n, base=base, tuned=tuned, rft=rft)
         assert list(shown(text)) == [f"t{i}x-all" for i in expected]
         assert "shown" not in found and text.count("\nrft: five words") == len(expected)

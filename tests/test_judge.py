@@ -560,3 +560,18 @@ def test_an_answer_is_what_the_page_says(r, pages):
     else:
         assert form(r) == "continent" and first in text
     assert not any(re.search(rf"\b{a}\b", r["prompt"]) for a in r["answer"])
+
+
+def test_the_form_of_a_question_is_what_it_holds(judge):
+    """Tables that were merged have both fields, one of them null."""
+    rows = [row(0, 0, "Nobody knows.", label=None, unknown=True),
+            row(1, 0, "Lima", label=None, unknown=False, answer="Lima"),
+            row(2, 0, "Fine.", label=0, unknown=None)]
+    found = judge("qa", {"a": rows}).found["rows"]
+    assert found["a: unsure"]["balanced"]["mean"] == 1 and found["a: premise"]["n"] == 1
+    assert found["a: premise"]["f1"]["mean"] is None
+
+
+def test_f1_of_who_finds_nothing_is_zero(judge):
+    found = judge("qa", {"a": [question(0, "Suva.", 1)]}).found["rows"]["a: premise"]
+    assert found["f1"]["mean"] == 0 and found["precision"]["mean"] is None

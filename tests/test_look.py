@@ -317,3 +317,21 @@ def test_compare_draws(tmp_path):
         names = {path.name for path in folder.iterdir()}
         assert names == {"plane.png", "facts.png"} | ({"prompts.png"} if len(files) > 1 else set())
         assert all(path.stat().st_size > 5000 for path in folder.iterdir())
+
+
+def test_a_side_without_verdicts_is_drawn(tmp_path):
+    null = {"id": "a", "topic": "a", "response": "r", "sentences": [
+        {"facts": [{"text": "a", "label": None}]}]}
+    files = [write_rows(tmp_path / "n.jsonl", [null]), write_rows(tmp_path / "s.jsonl", [
+        {**null, "sentences": [{"facts": [{"text": "a", "label": "S"}]}]}])]
+    for base, tuned in (files, files[::-1]):
+        done = call("06_eval.py", "compare", f"base={base}", f"tuned={tuned}", "--pictures",
+                    tmp_path / "pictures", "--report", tmp_path / "r.html")
+        assert done.returncode == 0, done.stderr
+
+
+def test_shift_of_nothing_is_refused(tmp_path, tiny_model):
+    path = write_rows(tmp_path / "g.jsonl", [{"id": "a", "prompt": "x", "response": "",
+                                              "finish": "length", "gen": {"temperature": 0}}])
+    done = call("06_eval.py", "shift", f"a={path}", "--model", tiny_model, "--base", tiny_model)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

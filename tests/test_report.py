@@ -366,7 +366,7 @@ def test_head(browser, path, sides):
     change = 100 * mean(gains(sides).values())
     assert lead.startswith(f"F1@5 is {tuned} for tuned, {base} for base. "
                            f"Against base: {change:+.1f} points [")
-    assert lead.endswith("].") and "sharpening is not ruled out" in browser.js(
+    assert lead.endswith("].") and "Sharpening is not ruled out" in browser.js(
         "document.querySelector('#notes').textContent")
     size = browser.js("[...document.querySelectorAll('#top small')].map(node => node.textContent)")
     assert size == ["25 prompts", "100 responses"] * 2
@@ -398,12 +398,13 @@ def test_sentences_are_marked_by_their_facts(browser, path, sides):
     for prompt in dict.fromkeys(row["prompt_id"] for row in sides[0]):
         for row in (row for side in sides for row in side if row["prompt_id"] == prompt):
             for sentence in row["sentences"]:
-                labels = [fact["label"] for fact in sentence["facts"]]
+                labels = [f["label"] for f in sentence["facts"] if not f["repeats"]]
                 s, ns = labels.count("S"), labels.count("NS")
                 name = {(1, 1): "mixed", (1, 0): "s", (0, 1): "ns", (0, 0): "none"}[s > 0, ns > 0]
                 sign = {"mixed": "±", "s": "✓", "ns": "✗", "none": "○"}[name]
                 sign += f"\u2009{s}/{s + ns}" if s + ns else ""
-                wanted.append([sentence["text"], f"sentence {name}", sign if labels else None])
+                wanted.append([sentence["text"], f"sentence {name}",
+                               sign if sentence["facts"] else None])
     assert browser.js("""[...document.querySelectorAll('.sentence')].map(node => [
         [...node.querySelectorAll('.said')].map(part => part.textContent).join(''),
         node.className, node.querySelector('.mark')?.textContent ?? null])""") == wanted
