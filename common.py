@@ -74,7 +74,7 @@ def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: Non
     required = {"id": str, **dict(required)}
     path = Path(path)
     if not path.is_file():
-        die(f"{path}: {'a folder' if path.is_dir() else 'no such file'}"
+        die(f"{path}: no such file" + ", but a folder" * path.is_dir()
             + (f"; {made_by} makes it" if made_by else ""))
     rows, seen = [], {}
     with open(path, encoding="utf-8", errors="replace") as f:
