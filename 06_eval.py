@@ -269,8 +269,7 @@ def summarise(responses, k, seed=0):
     topic_of, metrics, by_kind = {r["prompt"]: r["topic"] for r in responses}, {}, {}
     claims = [r["values"]["supported"] + r["values"]["unsupported"] for r in responses
               if not r["values"]["unjudged"]]
-    for name in responses[0]["values"]:
-        found = estimate(topic_of, by_prompt(responses, name), seed=seed)
+    for name, found in means(responses, responses[0]["values"], seed).items():
         if found["mean"] is None:
             found["reason"] = f"none in {len(responses)} responses, {len(claims)} of them judged"
         if isinstance(name, tuple):
@@ -398,7 +397,7 @@ def tables(rows, found):
     body, supported = [], {name: row["metrics"]["supported"]["mean"] for name, row in rows.items()}
     for name, row in rows.items():
         line = [cell(row["metrics"][column], column) for column in TABLE]
-        if (supported[name] or 0) < (supported["base"] or 0):
+        if None not in (supported[name], supported["base"]) and supported[name] < supported["base"]:
             line[:2] = [text + " †" for text in line[:2]]
         line[4:] = [text.split(" [")[0] for text in line[4:]]  # intervals for the main columns only
         body.append([name + " by human" * (row["label"] == "human"), str(row["n_prompts"]), *line])
