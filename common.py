@@ -49,7 +49,12 @@ def arguments(docstring, inp="--in", required=True):
 def run(main):
     """Call a stage's main(); Ctrl-C exits 130 and leaves whole lines behind."""
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(141)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.stdout.flush()

@@ -645,6 +645,16 @@ def test_topic_is_text_and_no_pattern(topic, tmp_path):
 # ---------------------------------------------------------------------------------------------
 # (f) Ctrl-C, (g) --help, and what stands on stderr
 
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """`| head`: no traceback."""
+    rows = write_rows(tmp_path / "rows.jsonl", [
+        {"id": "a", "response": "b", "sentences": [{"facts": [{"text": "c", "label": "S"}]}]}])
+    process = subprocess.Popen([sys.executable, "06_eval.py", "score", "--in", rows], cwd=ROOT,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert "Error" not in process.stderr.read() and process.wait() == 141
+
+
 @pytest.mark.parametrize("script, n", [*zip(STAGES, (40, 600, 240))])
 def test_ctrl_c(script, n, world, launcher, tmp_path):
     _, _, out, flags = prepare(world, script, tmp_path, n)
