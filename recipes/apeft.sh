@@ -24,12 +24,12 @@ mkdir -p $S $R
 PROMPTS=${PROMPTS:-$S/prompts.jsonl}
 
 # D_g, as FactTune: samples of paragraphs, facts, verdicts. Each fact also becomes a question.
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
 $PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl || [ $? = 1 ]
 $PY 03_verify.py $ASK $OPEN --in $S/asked.jsonl --corpus "$CORPUS" --out $S/judged.jsonl || [ $? = 1 ]
 
 # What does the model know? It answers each question 20 times; r is the share of answers that the verifier calls S.
-$PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed 1 --temperature 1 --top-p 0.9 \
+$PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed ${SEED:-1} --temperature 1 --top-p 0.9 \
     --max-new-tokens 15 --out $S/answers.jsonl
 $PY 03_verify.py --method answers ${JUDGE:+--judge llm --model $JUDGE --base-url $BASE_URL} $OPEN \
     --in $S/judged.jsonl --answers $S/answers.jsonl --corpus "$CORPUS" --out $R/known.jsonl || [ $? = 1 ]
@@ -39,12 +39,12 @@ $PY 03_verify.py --method answers ${JUDGE:+--judge llm --model $JUDGE --base-url
 # One file holds both kinds: "fact" is D_g, "atomic" is D_a. KTO takes each side as a row of its own; FLAGS are the
 # weights with which good and bad ones balance.
 FLAGS=$($PY 04_build_prefs.py apeft --in $R/known.jsonl --answers $S/answers.jsonl --keep ${KEEP:-potentially} \
-    --reward ${REWARD:-f1} --k ${K:-10} $([ $LOSS = kto ] && echo --unpaired) ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" \
+    --reward ${REWARD:-f1} --k ${K:-10} --margin ${MARGIN:-0} $([ $LOSS = kto ] && echo --unpaired) ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" \
     --out $R/prefs.jsonl --eval-out $R/heldout.jsonl)
 
 # Train on the two together, a pair of D_a weighing as much as one of D_g.
 $PY 05_train.py --loss $LOSS $FLAGS --prefs $R/prefs.jsonl --eval-prefs $R/heldout.jsonl --model "$MODEL" ${FULL---full} \
-    --kind-weights ${ONLY:-atomic}=${WEIGHT:-1} --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 \
-    --out $R/tuned $TRAIN
+    --kind-weights ${ONLY:-atomic}=${WEIGHT:-1} --lr ${LR:-2e-5} --batch 32 --epochs ${EPOCHS:-2} --save-every 10 \
+    --out $R/tuned --seed ${SEED:-0} $TRAIN
 $PY 06_eval.py plot apeft=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

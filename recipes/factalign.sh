@@ -34,14 +34,14 @@ fi
 # SFT_DATA=<JSONL of prompts and completions, as messages>: a first stage, which the paper gives Gemma-2B alone (Deita).
 M=$MODEL IN=
 if [ "$SFT_DATA" ]; then
-  $PY 05_train.py --loss sft --prefs "$SFT_DATA" --model "$MODEL" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --out $R/sft $TRAIN
+  $PY 05_train.py --loss sft --prefs "$SFT_DATA" --model "$MODEL" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --out $R/sft --seed ${SEED:-0} $TRAIN
   M=$R/sft
 fi
 for i in $(seq $ITERATIONS); do
   # Fresh prompts each round, answered by the policy of the round before, at the protocol's T 0.8 (paper: LongFact-like
   # prompts with a postamble, T 0.5).
   grep -E "\"part\": ?$i[,}]" "$PROMPTS" | head -n ${TAKE:-999999} > $R/prompts$i.jsonl
-  $PY 01_generate.py --prompts $R/prompts$i.jsonl --model "$M" --n $N --seed $i --out $R/samples$i.jsonl $SAMPLE
+  $PY 01_generate.py --prompts $R/prompts$i.jsonl --model "$M" --n $N --seed ${SEED:-$i} --out $R/samples$i.jsonl $SAMPLE
   $PY 02_decompose.py $ASK --in $R/samples$i.jsonl --out $R/facts$i.jsonl || [ $? = 1 ]
   $PY 03_verify.py $ASK $OPEN --in $R/facts$i.jsonl --corpus "$CORPUS" --out $R/verified$i.jsonl || [ $? = 1 ]
   IN="$IN $R/verified$i.jsonl"   # earlier rounds' rows stay
@@ -53,7 +53,7 @@ for i in $(seq $ITERATIONS); do
   # KTO beta 0.1, fKTO beta 0.5, lambda 2 (section 5.1); one epoch; reference: the policy that the round starts from
   # (their script; REF=$MODEL, spelled out: the first model). The paper: 16 rows a step, too; lr 5e-7, 8-bit AdamW.
   $PY 05_train.py --loss ${LOSS:-factalign} $FLAGS --sentence-beta ${SENTENCE_BETA:-0.5} --prefs $R/prefs$i.jsonl \
-    --model "$M" --ref ${REF:-start} ${FULL---full} --lr ${LR:-1e-5} --batch 16 --save-every 20 --out $R/round$i $TRAIN
+    --model "$M" --ref ${REF:-start} ${FULL---full} --lr ${LR:-1e-5} --batch 16 --save-every 20 --out $R/round$i --seed ${SEED:-0} $TRAIN
   M=$R/round$i
 done
 $PY 06_eval.py plot $(for i in $(seq $ITERATIONS); do echo round$i=$R/round$i/log.jsonl; done) --out $R/curves.png

@@ -21,11 +21,11 @@ PROMPTS=${PROMPTS:-$S/prompts.jsonl}
 
 # Sample (the paper: 10 responses a prompt at T 1.0), and ask for each fact. Without a judge a question is the fact's
 # beginning, to go on from: the paper's entity variant.
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
 $PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl || [ $? = 1 ]
 
 # The model answers each question 20 times: T 1.0, top-p 0.9, at most 15 tokens (section 3.2 and the code).
-$PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed 1 --temperature 1 --top-p 0.9 \
+$PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed ${SEED:-1} --temperature 1 --top-p 0.9 \
     --max-new-tokens 15 --out $S/answers.jsonl
 $PY 03_verify.py --method confidence --in $S/asked.jsonl --answers $S/answers.jsonl --out $R/confident.jsonl || [ $? = 1 ]
 
@@ -35,6 +35,6 @@ $PY 04_build_prefs.py facttune --in $R/confident.jsonl --reward ${REWARD:-max} -
 
 # Train as facttune_fs.sh does. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT.
 $PY 05_train.py --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "$MODEL" ${FULL---full} \
-    --lr ${LR:-2e-5} --batch 32 --epochs 2 --save-every 10 --out $R/tuned $TRAIN
+    --lr ${LR:-2e-5} --batch 32 --epochs ${EPOCHS:-2} --save-every 10 --out $R/tuned --seed ${SEED:-0} $TRAIN
 $PY 06_eval.py plot facttune_mc=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

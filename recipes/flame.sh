@@ -32,19 +32,19 @@ else
   cp "$PROMPTS" $R/asking.jsonl
 fi
 if [ "$SFT" != 0 ]; then
-  $PY 01_generate.py --prompts $R/asking.jsonl --few-shot "$DEMOS" --model "$MODEL" --n $N --seed 1 \
+  $PY 01_generate.py --prompts $R/asking.jsonl --few-shot "$DEMOS" --model "$MODEL" --n $N --seed ${SEED:-1} \
       --temperature 0.7 --top-p 0.9 --out $R/elicited.jsonl $SAMPLE
   $PY 02_decompose.py --in $R/elicited.jsonl --out $R/sentences.jsonl
   $PY 04_build_prefs.py flame-sft --in $R/sentences.jsonl --given $R/given.jsonl --targets ${TARGETS:-own} \
       --eval-prompts "$EVAL" --out $R/sft.jsonl
-  $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --out $R/sft $TRAIN
+  $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --out $R/sft --seed ${SEED:-0} $TRAIN
 fi
 START=$([ "$SFT" = 0 ] && echo "$MODEL" || echo $R/sft)
 
 # DPO (section 4.3). Four answers to every instruction; how well each follows it: a judge's mark, without one a check
 # (the paper: the SFT model judges). How true the fact-based ones are: the share of supported facts.
 cat "$PROMPTS" $MORE > $R/instructions.jsonl
-$PY 01_generate.py --prompts $R/instructions.jsonl --model "$START" --n 4 --seed 2 --temperature 0.7 --top-p 0.9 \
+$PY 01_generate.py --prompts $R/instructions.jsonl --model "$START" --n 4 --seed ${SEED:-2} --temperature 0.7 --top-p 0.9 \
     --out $R/samples.jsonl ${SMALL:+--limit 32} $SAMPLE
 $PY 02_decompose.py $ASK --in $R/samples.jsonl --out $R/facts.jsonl || [ $? = 1 ]
 THREE='(?s)\A(?:[^.!?]|[.!?](?!\s|\Z))+[.!?](?:\s+(?:[^.!?]|[.!?](?!\s|\Z))+[.!?]){2}\Z'   # "In three sentences, ..."
@@ -54,7 +54,7 @@ $PY 03_verify.py $ASK $OPEN --in $R/fact_rated.jsonl --corpus "$CORPUS" --out $R
 { cat $R/verified.jsonl; grep -v '"fact_based": true' $R/rated.jsonl || true; } > $R/both.jsonl
 $PY 04_build_prefs.py flame --in $R/both.jsonl ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" --out $R/prefs.jsonl
 # A step takes as many pairs of either kind (the paper's uniform sampling; beta 0.1, 64 pairs a step, lr 1e-6 -> 1e-7).
-$PY 05_train.py --halves --prefs $R/prefs.jsonl --model "$START" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --epochs 2 \
-    --save-every 10 --out $R/tuned $TRAIN
+$PY 05_train.py --halves --prefs $R/prefs.jsonl --model "$START" ${FULL---full} --lr ${LR:-1e-5} --batch 32 --epochs ${EPOCHS:-2} \
+    --save-every 10 --out $R/tuned --seed ${SEED:-0} $TRAIN
 $PY 06_eval.py plot flame=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The last part of every recipe: the frozen protocol (data/protocol.json) for the base and a tuned model, the table, and
 # a page and pictures to look at.
-#   bash recipes/measure.sh runs/x/tuned     reads that model, writes runs/x/tuned*.jsonl and runs/x/tuned.compare.md
+#   bash recipes/measure.sh runs/x/tuned [NAME]   reads that model, writes NAME*.jsonl and NAME.compare.md (runs/x/tuned)
 # 14 minutes a model on 2 CPU cores; the base's rows (B) serve all recipes. SMALL=1: 16 prompts, sampled only, 1 minute.
 #
 # The variables of all recipes. MODEL, PROMPTS, EVAL, CORPUS: a chat model, prompts to learn from and to measure on,
 # passages. JUDGE, BASE_URL: a model on a server that takes apart, asks, rates and judges, instead of rules; it searches
-# the whole corpus, with OPEN= the topic's page. SAMPLE, TRAIN, MEASURE: further flags for 01 where the policy is sampled,
-# for 05, for 01 in here, which win: TRAIN="--optim rmsprop --epochs 1". EVAL_K: another K. FULL=--merge: LoRA instead of
+# the whole corpus, with OPEN= the topic's page. SEED, EPOCHS, LR: of sampling and training. SAMPLE, TRAIN, MEASURE: more
+# flags for 01 where the policy is sampled, for 05, for 01 in here, which win: TRAIN="--optim rmsprop". EVAL_K: another K.
+# COOL=0: the tuned model not at T 0.3. FULL=--merge: LoRA instead of
 # all weights (fp32: 16 bytes a parameter). R, S, B: folders of a run, of shared samples, of the base's rows: other
 # models, judges and ablations need others. Exit 1 of 02 and 03 is let pass: what failed or was not judged is set aside.
 set -e
@@ -18,6 +19,7 @@ PY=${PY:-.venv/bin/python}
 B=${B:-runs/base$SMALL/base}
 ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}
 OPEN=${OPEN-${JUDGE:+--open-search}}
+ROWS=${2:-$1}
 mkdir -p "$(dirname "$B")"
 if [ "$SMALL" ]; then
   awk 'NR % 4 == 1 && NR < 64' "$EVAL" > "$B.prompts.jsonl"
@@ -30,14 +32,15 @@ measure() {  # MODEL ROWS FLAGS...: samples, facts and verdicts under the name R
   $PY 03_verify.py $ASK $OPEN --corpus "$CORPUS" --in "$2.facts.jsonl" --out "$2.jsonl" || [ $? = 1 ]
 }
 measure "$MODEL" "$B"
-measure "$1" "$1"
-FILES="base=$B.jsonl tuned=$1.jsonl"
+measure "$1" "$ROWS"
+FILES="base=$B.jsonl tuned=$ROWS.jsonl"
 if [ -z "$SMALL" ]; then
   measure "$MODEL" "$B-cool" --temperature 0.3
-  measure "$1" "$1-cool" --temperature 0.3
   measure "$MODEL" "$B-greedy" --temperature 0 --n 1
-  measure "$1" "$1-greedy" --temperature 0 --n 1
-  FILES="$FILES base-cool=$B-cool.jsonl base-greedy=$B-greedy.jsonl tuned-cool=$1-cool.jsonl tuned-greedy=$1-greedy.jsonl"
+  [ "$COOL" = 0 ] || measure "$1" "$ROWS-cool" --temperature 0.3
+  measure "$1" "$ROWS-greedy" --temperature 0 --n 1
+  FILES="$FILES base-cool=$B-cool.jsonl base-greedy=$B-greedy.jsonl tuned-greedy=$ROWS-greedy.jsonl"
+  [ "$COOL" = 0 ] || FILES="$FILES tuned-cool=$ROWS-cool.jsonl"
 fi
-$PY 06_eval.py compare $FILES ${EVAL_K:+--k $EVAL_K} --show 10 --out-md "$1.compare.md" --out-json "$1.compare.json" \
-    --report "$1.report.html" --pictures "$1.pictures"
+$PY 06_eval.py compare $FILES ${EVAL_K:+--k $EVAL_K} --show 10 --out-md "$ROWS.compare.md" --out-json "$ROWS.compare.json" \
+    --report "$ROWS.report.html" --pictures "$ROWS.pictures"

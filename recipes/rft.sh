@@ -19,14 +19,16 @@ mkdir -p $S $R
 # 10 minutes, as in facttune_fs.sh: 240 prompts x 6 samples.
 [ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
 PROMPTS=${PROMPTS:-$S/prompts.jsonl}
-$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed 1 --out $S/samples.jsonl $SAMPLE
+$PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
 $PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 ]
 $PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
 
 # The best of each prompt, by the reward of facttune_fs.sh; prompts whose samples all score alike are left out.
-$PY 04_build_prefs.py rft --in $S/verified.jsonl --reward ${REWARD:-f1} --k ${K:-10} --eval-prompts "$EVAL" \
+# TARGETS=all: SFT on all samples, which teaches the form alone.
+RULE=$([ "$TARGETS" = all ] && echo sft || echo "rft --reward ${REWARD:-f1} --k ${K:-10}")
+$PY 04_build_prefs.py $RULE --in $S/verified.jsonl --eval-prompts "$EVAL" \
     --out $R/sft.jsonl --eval-out $R/sft_heldout.jsonl
 $PY 05_train.py --prefs $R/sft.jsonl --eval-prefs $R/sft_heldout.jsonl --model "$MODEL" ${FULL---full} --loss sft \
-    --lr ${LR:-3e-5} --epochs 3 --out $R/tuned $TRAIN
+    --lr ${LR:-3e-5} --epochs ${EPOCHS:-3} --out $R/tuned --seed ${SEED:-0} $TRAIN
 $PY 06_eval.py plot rft=$R/tuned/log.jsonl --out $R/curves.png
 bash recipes/measure.sh $R/tuned

@@ -20,7 +20,8 @@ from unittest import mock
 import pytest
 from conftest import ROOT, read_rows, stage, write_rows
 
-NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.sh") if path.stem != "measure")
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.sh")
+               if path.stem not in ("measure", "wide", "compare"))
 FIELDS = ("Location", "Map references", "Languages", "Land boundaries", "Government type")
 TWO_ROUNDS = {"ITERATIONS": "2", "LR": "3e-4"}
 SAYS = [[f"It is a country in {where}." for where in ("Africa", "Asia", "Europe", "Oceania")],
@@ -145,17 +146,22 @@ def check_table(tuned):
 
 
 def counts(row):
-    labels = [fact["label"] for s in row["sentences"] for fact in s["facts"]]
+    labels = [fact["label"] for s in row["sentences"] for fact in s["facts"]
+              if not fact.get("repeats")]
     return labels.count("S"), labels.count("NS")
 
 
-def f1_at_10(row):
+def f1_at_k(row, k):
     """The harmonic mean of precision and recall, in so many words; 0 without a fact."""
     s, ns = counts(row)
     if not s:
         return 0.0
-    precision, recall = s / (s + ns), min(s / 10, 1)
+    precision, recall = s / (s + ns), min(s / k, 1)
     return 2 * precision * recall / (precision + recall)
+
+
+def f1_at_10(row):
+    return f1_at_k(row, 10)
 
 
 def kinds(rows):
@@ -347,6 +353,71 @@ def test_measure_in_full(lab):
     assert "f1_at_k: tuned does not beat base" in table  # it is the same model
 
 
+def test_compare(lab):
+    """A method of two seeds, then another of one: a row of the table is the mean over the seeds;
+    what is kept is enough for another machine to make the same tables without a model."""
+    write_rows(lab.at / "eval.jsonl", read_rows(ROOT / "data/prompts_eval.jsonl")[:4])
+    write_rows(lab.at / "ood.jsonl", read_rows(ROOT / "data/prompts_ood.jsonl")[:6])
+    write_rows(lab.at / "train.jsonl", read_rows(ROOT / "data/prompts_train.jsonl")[:120:4])
+    at, out = lab.at / "versus", lab.at / "kept"
+    how = {"D": at, "OUT": out, "SMALL": "", "SEEDS": "1 2", "METHODS": "rft", "N": "3",
+           "EVAL": lab.at / "eval.jsonl", "OOD": lab.at / "ood.jsonl",
+           "PROMPTS": lab.at / "train.jsonl"}
+    lab("compare", **how)
+    how |= {"SEEDS": "1", "METHODS": "rft kto"}
+    lab("compare", **how)
+    tables = {path.stem: json.loads(path.read_text("utf-8")) for path in out.glob("*.json")}
+    runs = {name: tables.pop(name) for name in ("rft1", "rft2", "kto1")}
+    assert {*tables} == {"sampled", "ood", "general", "premise", "unsure", "sampled.first",
+                         "sampled.second"}
+    assert flags(at / "rft1/tuned")["seed"] == 1 and flags(at / "rft2/tuned")["seed"] == 2
+    assert flags(at / "kto1/tuned")["loss"] == "kto"
+    assert flags(at / "samples2/samples.jsonl")["seed"] == 2
+
+    def f1(name, of=None):
+        return (of or tables["sampled"]["rows"])[name]["metrics"]["f1_at_k"]["mean"]
+
+    for method, seeds in (("rft", (1, 2)), ("kto", (1,))):
+        of_seed, n = [runs[f"{method}{seed}"] for seed in seeds], len(seeds)
+        said = [row for seed in seeds for row in read_rows(at / f"{method}{seed}/tuned.jsonl")]
+        assert f1(method) == pytest.approx(fmean(f1("score", run) for run in of_seed))
+        assert f1(method) == pytest.approx(fmean(f1_at_k(row, 5) for row in said))
+        assert all(0 < run["seconds"][0] and {*run["shift"]} == {"id", "ood"} for run in of_seed)
+        for name, expected in ((method, 16 * n), (f"{method}-greedy", 4 * n), ("base-greedy", 4)):
+            assert tables["sampled"]["rows"][name]["n_responses"] == expected
+        assert tables["ood"]["rows"][method]["n_responses"] == 6 * n
+        rated = [row["rating"] for seed in seeds
+                 for row in read_rows(at / f"{method}{seed}/tuned-general.jsonl")]
+        assert tables["general"][method] == [rated.count(5), len(rated)] and len(rated) == 60 * n
+    assert [v["against"] for v in tables["sampled"]["verdict"] if v["name"] == "rft"]
+    made, born = state(out), state(at)
+    lab("compare", **how)
+    assert (state(out), state(at)) == (made, born)
+    lab("compare", **{**how, "D": lab.at / "elsewhere"})  # nothing but what is kept
+    assert state(out) == made and not (lab.at / "elsewhere/rft1").exists()
+
+
+def test_rows_there_and_back(tmp_path):
+    """pack drops the evidence and nothing else; unpack puts the seeds into one file."""
+    fact = {"text": "Fiji is in Oceania", "label": "S", "kind": "region",
+            "evidence": [{"text": "é"}]}
+    row = {"id": "fiji/0", "prompt_id": "fiji", "response": "…", "sentences": [{"facts": [fact]}]}
+    for seed in (1, 2):
+        subprocess.run([sys.executable, "recipes/rows.py", "pack",
+                        tmp_path / f"my_rft{seed}.jsonl.gz",
+                        f"a={write_rows(tmp_path / 'a.jsonl', [row])}",
+                        f"b={write_rows(tmp_path / 'b.jsonl', [{'id': 'x', 'response': ''}])}"],
+                       cwd=ROOT, check=True)
+    one, two = (tmp_path / f"my_rft{seed}.jsonl.gz" for seed in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    subprocess.run([sys.executable, "recipes/rows.py", "unpack", tmp_path / "all", two, one],
+                   cwd=ROOT, check=True)
+    del fact["evidence"]
+    a, b = (read_rows(tmp_path / f"all/my_rft-{name}.jsonl") for name in "ab")
+    assert a == [{"set": "a", **row, "id": f"fiji/0s{seed}"} for seed in (1, 2)]
+    assert b == [{"set": "b", "id": f"xs{seed}", "response": ""} for seed in (1, 2)]
+
+
 def state(*folders):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for folder in folders
             for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -411,6 +482,11 @@ VARIANTS = [(name, env, "") for name in NAMES for env in ALL] + [
     ("facttune_mc", {"PAIRS": "all", "REWARD": "neg_ent"}, "--reward neg_ent --pairs all"),
     ("facttune_mc", {"ANSWERS": "3"}, "--n 3 "),
     ("rft", {"REWARD": "precision"}, "--reward precision"),
+    ("rft", {"TARGETS": "all"}, "04_build_prefs.py sft --in"),
+    ("facttune_fs", {"LOSS": "kto"}, "--loss kto --undesirable-weight 0.5000"),
+    ("facttune_fs", {"MARGIN": "0.05"}, "--margin 0.05"),
+    ("facttune_mc", {"SEED": "7", "EPOCHS": "3"},
+     "--epochs 3 --save-every 10 --out runs/facttune_mc/tuned --seed 7"),
     ("flame", {"SFT": "0"}, "--halves --prefs runs/flame/prefs.jsonl --model data/world/model"),
     ("flame", {"SFT": "0", **JUDGED}, "--prefs runs/flame/prefs.jsonl --model org/policy"),
     ("flame", {"TARGETS": "given"}, "--targets given"),
@@ -526,7 +602,7 @@ def test_command_lines(place, recipe, env, expected):
 VARIABLE = re.compile(r"\$\{?([A-Z][A-Z_]*)")
 
 
-@pytest.mark.parametrize("recipe", [*NAMES, "measure"])
+@pytest.mark.parametrize("recipe", [*NAMES, "measure", "wide", "compare"])
 def test_header_names_what_is_there(recipe):
     """Each VARIABLE= of a recipe's header is one of the recipes; each --flag of a comment
     is one of a stage's; it speaks of no other recipe's command."""
@@ -537,6 +613,7 @@ def test_header_names_what_is_there(recipe):
     assert set(re.findall(r"(?<![\w$])([A-Z][A-Z_]*)=", header)) <= known
     assert set(re.findall(r"\b([A-Z]+_[A-Z_]+)\b", header)) <= known
     assert set(re.findall(r"bash recipes/(\w+)\.sh", header)) <= {recipe}
-    source = "".join(path.read_text("utf-8") for path in ROOT.glob("[0-9][0-9]_*.py"))
+    source = "".join(path.read_text("utf-8") for path in (
+        *ROOT.glob("[0-9][0-9]_*.py"), ROOT / "common.py", ROOT / "tests/second_verifier.py"))
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
-        assert f'"{flag}"' in source + (ROOT / "common.py").read_text("utf-8"), flag
+        assert f'"{flag}"' in source, flag
