@@ -4,8 +4,8 @@
 #   bash recipes/compare.sh      the runs that OUT lacks (20 to 60 minutes each on one core), then the tables in OUT/*.json
 #   METHODS="rft apeft" SEEDS=4 OUT=runs/mine bash recipes/compare.sh
 # A run leaves OUT/<method><seed>.json, its scores, and .jsonl.gz, its rows: any machine can go on with the others. All
-# methods learn from N=6 samples to each of 80 prompts; what tunes by preference takes about 40 steps of 32 rows (run():
-# passes over the rows that its rule makes). Other models, corpora: the variables in recipes/measure.sh.
+# methods learn from N=6 samples to each of 80 prompts; recipes/methods.txt has their settings, and those of ablations.
+# Other models, judges, corpora: the variables in recipes/measure.sh.
 set -e
 export PY=${PY:-.venv/bin/python} MODEL=${MODEL:-data/world/model}
 D=${D:-runs/compare} OUT=${OUT:-data/results/compare}   # samples and models, too large to keep; what is kept
@@ -13,19 +13,9 @@ mkdir -p $D $OUT
 # 80 train countries, one prompt each, the four aspects in turn; 50 held-out countries likewise.
 [ "$PROMPTS" ] || awk '{i=int((NR-1)/4)} (NR-1)%4==i%4 && i%3!=2' data/prompts_train.jsonl > $D/prompts.jsonl
 [ "$EVAL" ] || awk '{i=int((NR-1)/4)} (NR-1)%4==i%4' data/prompts_eval.jsonl > $D/eval.jsonl
+awk 'NR % 2' "${PROMPTS:-$D/prompts.jsonl}" > $D/half.jsonl
 export PROMPTS=${PROMPTS:-$D/prompts.jsonl} EVAL=${EVAL:-$D/eval.jsonl} B=$D/base COOL=0
 export N=${N:-6} ANSWERS=${ANSWERS:-10} MARGIN=${MARGIN:-0.05}
-
-run() (  # METHOD SEED, in a shell of its own
-  export SEED=$2 S=$D/samples$2 R=$D/$1$2
-  case $1 in
-    sft) export TARGETS=all EPOCHS=1; set -- rft ;;        # all samples, not the best: 60 steps of 8; rft: 24
-    kto) export LOSS=kto EPOCHS=4; set -- facttune_fs ;;   # FactTune's pairs, each side once
-    facttune_*) export EPOCHS=4 ;;
-    flame) export EPOCHS=9 LR=2e-5 ;;                      # one pair a prompt: four steps a pass
-  esac
-  bash recipes/$1.sh
-)
 
 pack() {  # ROWS NAME: a run's rows in one small file
   $PY recipes/rows.py pack $OUT/$2.jsonl.gz sampled=$1.jsonl greedy=$1-greedy.jsonl ood=$1-ood.jsonl \
@@ -33,19 +23,20 @@ pack() {  # ROWS NAME: a run's rows in one small file
       unsure=$1-qa_known_unknown.jsonl $([ $2 = base ] && echo cool=$1-cool.jsonl)
 }
 
-for seed in ${SEEDS:-1 2 3}; do for method in ${METHODS:-sft rft kto facttune_fs facttune_mc flame factalign apeft}; do
-  NAME=$method$seed
-  T=$D/$NAME/$([ $method = factalign ] && echo round${ITERATIONS:-3} || echo tuned)
-  [ -e $OUT/$NAME.json ] && continue
+for seed in ${SEEDS:-1 2 3}; do for name in ${METHODS:-sft rft kto facttune_fs facttune_mc flame factalign apeft}; do (
+  read -r _ recipe settings < <(grep "^$name " recipes/methods.txt)
+  eval "export SEED=$seed S=$D/samples$seed R=$D/$name$seed $settings"
+  [ -e $OUT/$name$seed.json ] && exit
   start=$SECONDS
-  run $method $seed
-  echo $((SECONDS - start)) >> $D/$NAME/seconds   # a run that was stopped adds up
+  bash recipes/$recipe.sh
+  echo $((SECONDS - start)) >> $R/seconds   # a run that was stopped adds up
+  T=$R/$([ $recipe = factalign ] && echo round${ITERATIONS:-3} || echo tuned)
   bash recipes/wide.sh $T
   [ -e $OUT/base.jsonl.gz ] || pack $B base
-  pack $T $NAME
+  pack $T $name$seed
   printf '{"score": %s, "shift": %s, "seconds": [%s]}\n' "$($PY 06_eval.py score --in $T.jsonl --json)" \
-      "$(cat $T.shift.json)" $(paste -sd, $D/$NAME/seconds) > $OUT/$NAME.json
-done; done
+      "$(cat $T.shift.json)" $(paste -sd, $R/seconds) > $OUT/$name$seed.json
+); done; done
 
 # The tables of all runs in OUT: 06's own, with all seeds of a method in one row.
 $PY recipes/rows.py unpack ${A:=$D/all} $OUT/*.jsonl.gz

@@ -37,7 +37,7 @@ def unpack(folder, *files):
     sets = defaultdict(list)
     for path in sorted(files):
         name = Path(path).name.removesuffix(".jsonl.gz")
-        method, seed = re.fullmatch(r"(\D+)(\d*)", name).groups()
+        method, seed = re.fullmatch(r"(.+?)(\d*)", name).groups()
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 sets[f"{method}-{row['set']}"].append({**row, "id": f"{row['id']}s{seed}"})

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -600,6 +601,27 @@ def test_command_lines(place, recipe, env, expected):
 
 
 VARIABLE = re.compile(r"\$\{?([A-Z][A-Z_]*)")
+METHODS = [line.split(None, 2) for line in
+           (ROOT / "recipes/methods.txt").read_text("utf-8").splitlines() if line[:1].isalpha()]
+
+
+@pytest.mark.parametrize("name, recipe, settings", [
+    pytest.param(*line, *[""] * (3 - len(line)), id=line[0]) for line in METHODS])
+def test_methods(place, name, recipe, settings):
+    """Each line's recipe is there and knows its variables, each stage the flags that result."""
+    env = dict(word.split("=", 1) for word in shlex.split(settings))
+    if "PROMPTS" in env:
+        env["PROMPTS"] = "mine.jsonl"
+    known = set(VARIABLE.findall((ROOT / f"recipes/{recipe}.sh").read_text("utf-8")))
+    assert {*env} <= known and re.fullmatch(r"[a-z_]+[a-z]", name)
+    done = subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=place, capture_output=True,
+                          text=True, env={"PATH": os.environ["PATH"], "PY": "./python",
+                                          "NOTES": "notes", **env})
+    assert done.returncode == 0, done.stderr
+    for line in (place / "notes").read_text(encoding="utf-8").split("\x1e")[:-1]:
+        parsed(tuple(line.split("\x1f")))
+
+
 
 
 @pytest.mark.parametrize("recipe", [*NAMES, "measure", "wide", "compare"])
