@@ -154,6 +154,7 @@ def facts(sentence, topic):
     if len(text.split()) < 3 or text[0] == "#" or text[-1] in "?:" or IMPERATIVE.match(text):
         return []
     text, out = resolve(text[:1].upper() + text[1:], topic), []
+    text = re.sub(r" and (?:with )?(?=(?:the |an )?atomic number)", ", with ", text)
     beside = re.match(rf"([^,]{{2,60}}), (?!(?:and|but|with|which)\b|{PASSIVE}|{ACTIVE})"
                       rf"([^,]{{2,90}}), (?={VERB})", text)
     if beside and not re.search(rf"\s{VERB}", beside[1]):  # "Peru, a nation in Asia, is ..."
@@ -331,9 +332,10 @@ def carried(unit, c, names, need, relations):
     """Does this unit carry each name, number, direction and nearly each other word of a claim?"""
     here, stated = set(unit["words"].split()), numbers(unit["text"])
     lies = "lies-" * (unit["field"] in ("neighbour", "side"))
+    same = (lambda n, s: n[:2] == s[:2]) if any("exact" in r for r in relations) else agree
     if not all(f" {name} " in unit["words"] for name in names) or \
             not all(lies + side in here for side in c["sides"]) or \
-            not all(n[2] in here or any(agree(n, s) for s in stated) for n in c["numbers"]):
+            not all(n[2] in here or any(same(n, s) for s in stated) for n in c["numbers"]):
         return False
     said = set(words(c["text"]))
     if not unit["whole"] and (here ^ said) & MARKERS:

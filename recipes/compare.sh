@@ -45,7 +45,7 @@ $PY tests/second_verifier.py --in $A/*-sampled.jsonl --out-dir $A
 for set in ood sampled.first sampled.second; do $PY 06_eval.py compare $(sets $set) --out-json $OUT/$set.json; done
 for set in premise unsure; do $PY 06_eval.py qa $(sets $set) --json > $OUT/$set.json; done
 for file in $A/*-general.jsonl; do   # how many pass their check, or have a judge's 5
-  echo "\"$(basename $file -general.jsonl)\": [$(grep -c '"rating": 5[,}]' $file), $(wc -l < $file)]"
+  echo "\"$(basename $file -general.jsonl)\": [$(grep -c '"rating": 5.0[,}]' $file), $(wc -l < $file)]"
 done | paste -sd, | sed 's/.*/{&}/' > $OUT/general.json
 $PY 06_eval.py compare $(sets sampled) $(sets cool -cool) $(sets greedy -greedy) --out-json $OUT/sampled.json \
     --out-md $OUT/sampled.md --pictures $OUT

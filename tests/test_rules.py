@@ -597,6 +597,18 @@ def test_check_every_part_must_be_carried(borduria):
     assert label == "S" and len(carriers) == 2
 
 
+def test_check_of_an_element():
+    """A number that names a thing is right or wrong, not nearly right (83 is bismuth)."""
+    page = rules.read_page([{"title": "Polonium", "field": field, "text": text} for field, text in (
+        ("Symbol", "Po"), ("Atomic number", "84"), ("Density", "9.2"))], "Polonium")
+    one, two = rules.facts("Polonium is a chemical element with the symbol Po and an atomic number "
+                           "of 84.", "Polonium")
+    assert [rules.check(fact, page)[0] for fact in (one, two)] == ["S", "S"]
+    assert rules.check("Polonium is a chemical element with the atomic number 84", page)[0] == "S"
+    assert rules.check("Polonium has an atomic number of 83", page)[0] == "NS"
+    assert rules.check("Polonium is a chemical element with the symbol P", page)[0] == "NS"
+
+
 def test_check_never_joins_two_passages():
     page = [{"title": "X", "text": text}
             for text in ("Lake Wiz is 40 km long", "Lake Poo is 60 km long")]
