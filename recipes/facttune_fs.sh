@@ -33,8 +33,8 @@ $PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 
 $PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
 
 # The best response of a prompt against each that scores lower (the paper's summary; PAIRS=all: its code).
-# The paper's reward is precision; here F1@10: precision alone teaches to say less (RESULTS.md).
-# LOSS=kto takes each side as a row of its own; FLAGS are the weights with which good and bad ones balance.
+# The paper's reward is precision; here F1@10: precision alone teaches to say less (RESULTS.md). MARGIN=0.05: only pairs that differ by
+# more. LOSS=kto takes each side as a row of its own; FLAGS are the weights with which good and bad ones balance.
 FLAGS=$($PY 04_build_prefs.py facttune --in $S/verified.jsonl --reward ${REWARD:-f1} --k ${K:-10} --pairs ${PAIRS:-best} \
     --margin ${MARGIN:-0} $([ "$LOSS" = kto ] && echo --unpaired) --eval-prompts "$EVAL" --out $R/prefs.jsonl \
     --eval-out $R/prefs_heldout.jsonl)
