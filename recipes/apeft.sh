@@ -3,25 +3,12 @@
 # model half knows (D_a), trained on together. We found nowhere how D_a is made, how large it is, how the two are
 # weighed or with what rates: all of it is ours. SMALL=1: 5 minutes on 2 CPU cores, which prove nothing.
 # Ablations: LOSS=dpo|ipo|rso|cpo|kto, ONLY=fact (D_g alone) or atomic, KEEP=unknown|potentially|known, WEIGHT=<of D_a>.
-# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
+# Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
-MODEL=${MODEL:-data/world/model}
-CORPUS=${CORPUS:-data/world/countries.jsonl}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
-OPEN=${OPEN-${JUDGE:+--open-search}}
-S=${S:-runs/samples$SMALL}   # prompts, samples, answers: shared with facttune_fs.sh, facttune_mc.sh, rft.sh
-R=${R:-runs/apeft$SMALL}
-TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
-N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
-ANSWERS=${ANSWERS:-$([ "$SMALL" ] && echo 6 || echo 20)}   # answers a question
+. recipes/variables.sh
 LOSS=${LOSS:-dpo}
-mkdir -p $S $R
-
-# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: six of them.
-[ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
-PROMPTS=${PROMPTS:-$S/prompts.jsonl}
+mkdir -p $R
+prompts $S/prompts.jsonl
 
 # D_g, as FactTune: samples of paragraphs, facts, verdicts. Each fact also becomes a question.
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE

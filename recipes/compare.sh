@@ -5,7 +5,7 @@
 #   METHODS="rft apeft" SEEDS=4 OUT=runs/mine bash recipes/compare.sh
 # A run leaves OUT/<method><seed>.json, its scores, and .jsonl.gz, its rows: any machine can go on with the others. All
 # methods learn from N=6 samples to each of 80 prompts; recipes/methods.txt has their settings, and those of ablations.
-# Other models, judges, corpora: the variables in recipes/measure.sh.
+# Other models, judges, corpora: recipes/variables.sh.
 set -e
 export PY=${PY:-.venv/bin/python} MODEL=${MODEL:-data/world/model}
 D=${D:-runs/compare} OUT=${OUT:-data/results/compare}   # samples and models, too large to keep; what is kept

@@ -6,24 +6,15 @@
 # ITERATIONS=1; Table 4: T=0.75 (instead of balancing), SENTENCE_BETA; Figure 3: PRECISION_SHARE. The paper's own values:
 #   K=100 T=0.75 T_S=1 LR=5e-7 GENERAL=trl-lib/kto-mix-14k:train SAMPLE="--temperature 0.5 --max-new-tokens 1024"
 #   TRAIN="--max-length 2048 --optim adamw8bit" MEASURE="--max-new-tokens 1024" EVAL_K=100 bash recipes/factalign.sh
-# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
+# Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
-MODEL=${MODEL:-data/world/model}
-CORPUS=${CORPUS:-data/world/countries.jsonl}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
-OPEN=${OPEN-${JUDGE:+--open-search}}
-R=${R:-runs/factalign$SMALL}
+. recipes/variables.sh
 ITERATIONS=${ITERATIONS:-3}
 GENERAL=${GENERAL-$R/general.jsonl}
-N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
 TAKE=${SMALL:+6}   # prompts a round, or all
 mkdir -p $R
-# Prompts: 120 train countries in three parts, each country with two of its four aspects in turn. Your own say which
-# round they are for: jq -c '.part = input_line_number % 3 + 1'.
-[ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl > $R/prompts.jsonl
-PROMPTS=${PROMPTS:-$R/prompts.jsonl}
+# The countries come in three parts. Your own prompts say which round they are for: jq -c '.part = input_line_number % 3 + 1'.
+SMALL= prompts $R/prompts.jsonl
 
 # General data: the paper takes UltraFeedback-binarized, its code kto-mix-14k. Here: two own responses to each of 60
 # instructions that are not about facts; good is what passes the instruction's check.

@@ -2,23 +2,11 @@
 # FactTune-FS (Tian et al. 2023, arXiv 2311.08401): rank a model's own samples by how far a reference work
 # supports them, then DPO. In the embedded world, 2 CPU cores: 60 to 75 minutes; F1@5 11.4 -> 25.9 %, precision
 # 11.7 -> 25.7 % (RESULTS.md). SMALL=1: 3 minutes, which prove nothing.
-# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
+# Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
-MODEL=${MODEL:-data/world/model}
-CORPUS=${CORPUS:-data/world/countries.jsonl}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
-OPEN=${OPEN-${JUDGE:+--open-search}}
-S=${S:-runs/samples$SMALL}   # prompts, samples, verdicts: shared with facttune_mc.sh, apeft.sh, rft.sh
-R=${R:-runs/facttune_fs$SMALL}
-TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
-N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
-mkdir -p $S $R
-
-# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: six of them.
-[ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
-PROMPTS=${PROMPTS:-$S/prompts.jsonl}
+. recipes/variables.sh
+mkdir -p $R
+prompts $S/prompts.jsonl
 
 # Sample. The paper: 10 responses a prompt at T 1.0; here 6 at the protocol's T 0.8. 10 minutes.
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE

@@ -2,22 +2,11 @@
 # FactTune-MC (Tian et al. 2023, arXiv 2311.08401): no reference work. A response is the better, the surer the model is
 # of its facts: it is asked about each again and again, and its confidence is how far its answers agree; then DPO.
 # SMALL=1: 5 minutes on 2 CPU cores, which prove nothing.
-# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
+# Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
-MODEL=${MODEL:-data/world/model}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
-S=${S:-runs/samples$SMALL}   # prompts, samples, answers: shared with facttune_fs.sh, apeft.sh, rft.sh
-R=${R:-runs/facttune_mc$SMALL}
-TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
-N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
-ANSWERS=${ANSWERS:-$([ "$SMALL" ] && echo 6 || echo 20)}   # answers a question; the paper's 20
-mkdir -p $S $R
-
-# Prompts: 120 train countries, each with two of its four aspects in turn; SMALL=1: six of them.
-[ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
-PROMPTS=${PROMPTS:-$S/prompts.jsonl}
+. recipes/variables.sh
+mkdir -p $R
+prompts $S/prompts.jsonl
 
 # Sample (the paper: 10 responses a prompt at T 1.0), and ask for each fact. Without a judge a question is the fact's
 # beginning, to go on from: the paper's entity variant.

@@ -3,23 +3,13 @@
 # facts the targets are the model's own answers, of the others a person's. DPO: pairs by how well an instruction is
 # followed, and of fact-based ones also pairs by how true the answers are. SMALL=1: 5 minutes on 2 CPU cores, no proof.
 # Ablations: SFT=0 (DPO from MODEL), TARGETS=given (SFT on people's answers alone), ONLY=if or fact (pairs of one kind).
-# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
+# Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
-MODEL=${MODEL:-data/world/model}
-CORPUS=${CORPUS:-data/world/countries.jsonl}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-DEMOS=${DEMOS:-${GIVEN:-data/demonstrations.jsonl}}
-PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
-OPEN=${OPEN-${JUDGE:+--open-search}}
-RATE=${JUDGE:+--model $JUDGE --base-url $BASE_URL}               # without one: the prompts' checks
-R=${R:-runs/flame$SMALL}
-TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
 N=${N:-$([ "$SMALL" ] && echo 4 || echo 10)}   # own answers for SFT
+. recipes/variables.sh
+DEMOS=${DEMOS:-${GIVEN:-data/demonstrations.jsonl}}
 mkdir -p $R
-# Prompts: 120 train countries, each with two of its four aspects in turn (fact-based), and 60 other instructions.
-[ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $R/prompts.jsonl
-PROMPTS=${PROMPTS:-$R/prompts.jsonl}
+prompts $R/prompts.jsonl   # fact-based; and 60 other instructions:
 MORE=${MORE-data/prompts_general_train.jsonl}
 # SFT (section 4.2). The paper elicits 10 answers a fact-based instruction from the pretrained model, after the five
 # most similar demonstrations (T 0.7, top-p 0.9). Here that model is an instruct model: there is no other.

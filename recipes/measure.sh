@@ -3,22 +3,9 @@
 # a page and pictures to look at.
 #   bash recipes/measure.sh runs/x/tuned [NAME]   reads that model, writes NAME*.jsonl and NAME.compare.md (runs/x/tuned)
 # 14 minutes a model on 2 CPU cores; the base's rows (B) serve all recipes. SMALL=1: 16 prompts, sampled only, 1 minute.
-#
-# The variables of all recipes. MODEL, PROMPTS, EVAL, CORPUS: a chat model, prompts to learn from and to measure on,
-# passages. JUDGE, BASE_URL: a model on a server that takes apart, asks, rates and judges, instead of rules; it searches
-# the whole corpus, with OPEN= the topic's page. SEED, EPOCHS, LR: of sampling and training. SAMPLE, TRAIN, MEASURE: more
-# flags for 01 where the policy is sampled, for 05, for 01 in here, which win: TRAIN="--optim rmsprop". EVAL_K: another K.
-# COOL=0: the tuned model not at T 0.3. FULL=--merge: LoRA instead of
-# all weights (fp32: 16 bytes a parameter). R, S, B: folders of a run, of shared samples, of the base's rows: other
-# models, judges and ablations need others. Exit 1 of 02 and 03 is let pass: what failed or was not judged is set aside.
+# Models, judges, flags: recipes/variables.sh.
 set -e
-MODEL=${MODEL:-data/world/model}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-CORPUS=${CORPUS:-data/world/countries.jsonl}
-PY=${PY:-.venv/bin/python}
-B=${B:-runs/base$SMALL/base}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}
-OPEN=${OPEN-${JUDGE:+--open-search}}
+. recipes/variables.sh
 ROWS=${2:-$1}
 mkdir -p "$(dirname "$B")"
 if [ "$SMALL" ]; then

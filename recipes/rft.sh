@@ -2,23 +2,11 @@
 # Rejection-sampling fine-tuning (RAFT, Dong et al. 2023, arXiv 2304.06767): SFT on the best of a model's own
 # samples for each prompt. No paper of the four; the cheapest thing that they have to beat.
 # It takes facttune_fs.sh's samples and verdicts (and makes them, with the same commands, if they are missing).
-# Other models, prompts, judges, corpora, flags: the variables in recipes/measure.sh. Stopped anywhere, the same command goes on.
+# Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
-MODEL=${MODEL:-data/world/model}
-CORPUS=${CORPUS:-data/world/countries.jsonl}
-EVAL=${EVAL:-data/prompts_eval.jsonl}
-PY=${PY:-.venv/bin/python}
-ASK=${JUDGE:+--method llm --model $JUDGE --base-url $BASE_URL}   # none: rules. Exit 1: some rows are not judged, and counted
-OPEN=${OPEN-${JUDGE:+--open-search}}
-S=${S:-runs/samples$SMALL}   # prompts, samples, verdicts: shared with facttune_fs.sh
-R=${R:-runs/rft$SMALL}
-TAKE=$([ "$SMALL" ] && echo 12 || echo 240)
-N=${N:-$([ "$SMALL" ] && echo 4 || echo 6)}   # samples a prompt
-mkdir -p $S $R
-
-# 10 minutes, as in facttune_fs.sh: 240 prompts x 6 samples.
-[ "$PROMPTS" ] || awk 'int((NR - 1) / 4) % 2 == (NR - 1) % 2' data/prompts_train.jsonl | head -$TAKE > $S/prompts.jsonl
-PROMPTS=${PROMPTS:-$S/prompts.jsonl}
+. recipes/variables.sh
+mkdir -p $R
+prompts $S/prompts.jsonl
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
 $PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 ]
 $PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]

@@ -2,11 +2,9 @@
 # What a tuned model does where it was not tuned: other topics (elements), other abilities (60 instructions with checks),
 # false premises and the unknowable, and how far its first choices are from the base's; 5 minutes on one core.
 #   bash recipes/wide.sh runs/x/tuned      after recipes/measure.sh, beside whose files it writes; B: the base's rows
-# OOD, OOD_CORPUS: prompts and passages of the other topics. Other models, judges: the variables in recipes/measure.sh.
+# OOD, OOD_CORPUS: prompts and passages of the other topics. Other models, judges: recipes/variables.sh.
 set -e
-MODEL=${MODEL:-data/world/model}
-PY=${PY:-.venv/bin/python}
-B=${B:-runs/base/base}
+. recipes/variables.sh
 OOD=${OOD:-data/prompts_ood.jsonl}
 mkdir -p "$(dirname "$B")"
 awk 'NR % 2' $OOD > "$B-ood.prompts.jsonl"   # 59 elements, two responses each
@@ -18,7 +16,7 @@ others() {  # MODEL ROWS
   for set in general_eval qa_false_premise qa_known_unknown; do
     $PY 01_generate.py --prompts data/prompts_$set.jsonl --model "$1" --temperature 0 --n 1 --out "$2-$set.jsonl"
   done
-  $PY 03_verify.py --method rate ${JUDGE:+--model $JUDGE --base-url $BASE_URL} --in "$2-general_eval.jsonl" \
+  $PY 03_verify.py --method rate $RATE --in "$2-general_eval.jsonl" \
       --out "$2-general.jsonl" || [ $? = 1 ]
 }
 others "$MODEL" "$B"

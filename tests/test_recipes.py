@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT, read_rows, stage, write_rows
 
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.sh")
-               if path.stem not in ("measure", "wide", "compare"))
+               if path.stem not in (SHARED := ("variables", "measure", "wide", "compare")))
 FIELDS = ("Location", "Map references", "Languages", "Land boundaries", "Government type")
 TWO_ROUNDS = {"ITERATIONS": "2", "LR": "3e-4"}
 SAYS = [[f"It is a country in {where}." for where in ("Africa", "Asia", "Europe", "Oceania")],
@@ -612,7 +612,8 @@ def test_methods(place, name, recipe, settings):
     env = dict(word.split("=", 1) for word in shlex.split(settings))
     if "PROMPTS" in env:
         env["PROMPTS"] = "mine.jsonl"
-    known = set(VARIABLE.findall((ROOT / f"recipes/{recipe}.sh").read_text("utf-8")))
+    known = set(VARIABLE.findall("".join((ROOT / f"recipes/{part}.sh").read_text("utf-8")
+                                         for part in (recipe, "variables"))))
     assert {*env} <= known and re.fullmatch(r"[a-z_]+[a-z]", name)
     done = subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=place, capture_output=True,
                           text=True, env={"PATH": os.environ["PATH"], "PY": "./python",
@@ -624,7 +625,7 @@ def test_methods(place, name, recipe, settings):
 
 
 
-@pytest.mark.parametrize("recipe", [*NAMES, "measure", "wide", "compare"])
+@pytest.mark.parametrize("recipe", [*NAMES, *SHARED])
 def test_header_names_what_is_there(recipe):
     """Each VARIABLE= of a recipe's header is one of the recipes; each --flag of a comment
     is one of a stage's; it speaks of no other recipe's command."""
