@@ -48,4 +48,5 @@ for file in $A/*-general.jsonl; do   # how many pass their check, or have a judg
   echo "\"$(basename $file -general.jsonl)\": [$(grep -c '"rating": 5.0[,}]' $file), $(wc -l < $file)]"
 done | paste -sd, | sed 's/.*/{&}/' > $OUT/general.json
 $PY 06_eval.py compare $(sets sampled) $(sets cool -cool) $(sets greedy -greedy) --out-json $OUT/sampled.json \
-    --out-md $OUT/sampled.md --pictures $OUT
+    --out-md $OUT/sampled.md --pictures $A
+cp $A/plane.png $OUT

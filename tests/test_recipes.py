@@ -398,6 +398,25 @@ def test_compare(lab):
     assert state(out) == made and not (lab.at / "elsewhere/rft1").exists()
 
 
+def test_the_table_that_is_told(tmp_path):
+    """RESULTS.md's script prints RESULTS.md's tables from what is kept, and the rows that are
+    kept have the scores that are kept."""
+    told = (ROOT / "RESULTS.md").read_text("utf-8").partition("\n## Head to head")[2]
+    script = re.search(r"```python\n(.*?)```", told, re.S)[1]
+    lines = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, check=True,
+                           capture_output=True).stdout.splitlines()
+    assert len(lines) > 6 and not {*lines} - {*told.splitlines()}
+    kept = ROOT / "data/results/compare"
+    subprocess.run([sys.executable, "recipes/rows.py", "unpack", tmp_path,
+                    *kept.glob("*.jsonl.gz")], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "06_eval.py", "compare", "--out-json", tmp_path / "all.json", *(
+        f"{path.stem.partition('-')[0]}={path}" for path in tmp_path.glob("*-sampled.jsonl"))],
+        cwd=ROOT, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "all.json").read_text("utf-8"))["rows"]
+    known = json.loads((kept / "sampled.json").read_text("utf-8"))["rows"]
+    assert {name: known[name] for name in rows} == rows
+
+
 def test_rows_there_and_back(tmp_path):
     """pack drops the evidence and nothing else; unpack puts the seeds into one file."""
     fact = {"text": "Fiji is in Oceania", "label": "S", "kind": "region",
