@@ -12,8 +12,13 @@ $PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 
 $PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
 
 # The best of each prompt, by the reward of facttune_fs.sh; prompts whose samples all score alike are left out.
-# TARGETS=all: SFT on all samples, which teaches the form alone.
-RULE=$([ "$TARGETS" = all ] && echo sft || echo "rft --reward ${REWARD:-f1} --k ${K:-10}")
+# TARGETS=all: SFT on all samples, which teaches the form alone. TARGETS=reference: on true sentences of the reference work.
+RULE="rft --reward ${REWARD:-f1} --k ${K:-10}"
+[ "$TARGETS" != all ] || RULE=sft
+if [ "$TARGETS" = reference ]; then
+  $PY recipes/reference.py --prompts "$PROMPTS" --corpus "$CORPUS" --out $R/reference.jsonl
+  RULE="flame-sft --given $R/reference.jsonl --targets given"
+fi
 $PY 04_build_prefs.py $RULE --in $S/verified.jsonl --eval-prompts "$EVAL" \
     --out $R/sft.jsonl --eval-out $R/sft_heldout.jsonl
 $PY 05_train.py --prefs $R/sft.jsonl --eval-prefs $R/sft_heldout.jsonl --model "$MODEL" ${FULL---full} --loss sft \

@@ -438,6 +438,24 @@ def test_rows_there_and_back(tmp_path):
     assert b == [{"set": "b", "id": f"xs{seed}", "response": ""} for seed in (1, 2)]
 
 
+def test_reference_targets(tmp_path):
+    """Three sentences of the page's own words about what is asked; without any no row."""
+    fields = {"Location": "Oceania, island group in the Pacific (Melanesia); remote",
+              "Capital": "name: Suva (on Viti Levu); time difference: UTC+12",
+              "Languages": "English (official) 20.5%, Fijian 4%, Hindi, Rotuman, other (2007 est.)",
+              "Government type": "parliamentary republic", "Climate": "tropical marine."}
+    page = [{"title": "Fiji", "field": name, "text": text} for name, text in fields.items()]
+    prompts = [{"id": f"fiji-{aspect}", "topic": "Fiji", "prompt": "?", "part": 2}
+               for aspect in ("geo", "gov", "eco")]
+    subprocess.run([sys.executable, "recipes/reference.py", "--out", tmp_path / "out.jsonl",
+                    "--corpus", write_rows(tmp_path / "corpus.jsonl", page),
+                    "--prompts", write_rows(tmp_path / "p.jsonl", prompts)], cwd=ROOT, check=True)
+    assert read_rows(tmp_path / "out.jsonl") == [{**row, "response": said} for row, said in zip(
+        prompts, ["Fiji is located in Oceania, island group in the Pacific. Its climate is tropical"
+                  " marine.", "The capital of Fiji is Suva. It is a parliamentary republic. Its "
+                  "languages are English, Fijian, Hindi, Rotuman."])]
+
+
 def state(*folders):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for folder in folders
             for path in sorted(folder.rglob("*")) if path.is_file()}
