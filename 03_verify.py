@@ -93,17 +93,18 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------
 # Evidence: the topic's page, else a search
 
-def bm25_index(passages):
-    """BM25Plus over passages; BM25Okapi would tie on a page of two (its idf is 0 there)."""
+def indexed(passages):
+    """{"passages", "index"}: BM25Plus, as BM25Okapi ties on a page of two (its idf is 0 there)."""
     from rank_bm25 import BM25Plus
-    return BM25Plus([rules.words(f"{p.get('field', '')} {p['text']}") or [""] for p in passages])
+    words = [rules.words(f"{p.get('field', '')} {p['text']}") or [""] for p in passages]
+    return {"passages": passages, "index": BM25Plus(words or [[""]])}
 
 
-def rank_passages(query, passages, index, top):
+def rank_passages(query, page, top):
     """The `top` passages nearest to the query, best first; ties keep the order of the page."""
-    scores = index.get_scores(rules.words(query))
-    order = sorted(range(len(passages)), key=lambda i: (-scores[i], i))
-    return [passages[i] for i in order[:top]]
+    scores = page["index"].get_scores(rules.words(query))
+    order = sorted(range(len(page["passages"])), key=lambda i: -scores[i])
+    return [page["passages"][i] for i in order[:top]]
 
 
 def line_of(passage):
@@ -117,17 +118,12 @@ def searched(c, query, top):
 def open_page(topic, claim, c, open_search):
     """{"passages", "index"} of the topic's page; else with open_search of what a search for the
     claim finds; else None."""
-    if topic in c["open"]:
-        return c["open"][topic]
     title, how = corpus.find_page(c, topic)
-    if title is None and not open_search:
-        return None
-    passages = searched(c, claim, 20) if title is None else [
-        {**passage, "found": how} for passage in corpus.passages_of(c, title)]
-    page = {"passages": passages, "index": bm25_index(passages or [{"text": ""}])}
-    if title is not None:
-        c["open"][topic] = page
-    return page
+    if title is None:
+        return indexed(searched(c, claim, 20)) if open_search else None
+    if topic not in c["open"]:
+        c["open"][topic] = indexed([{**p, "found": how} for p in corpus.passages_of(c, title)])
+    return c["open"][topic]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -158,7 +154,7 @@ def lexical(claim, topic, page, c, args, _):
     if "facts" not in page:
         page["facts"] = rules.read_page(page["passages"], topic, c["titles"])
     label, carriers = rules.check(claim, page["facts"])
-    shown = carriers or rank_passages(claim, page["passages"], page["index"], args.top)
+    shown = carriers or rank_passages(claim, page, args.top)
     return {"label": label, "evidence": shown[:args.top]}
 
 
@@ -183,13 +179,13 @@ def load_nli(args):
     model, tokenizer, _ = load_model(args.model or NLI, None, "float32", args.device,
                                      "AutoModelForSequenceClassification")
 
+    @torch.inference_mode()
     def supported(documents, claim):
         scores = []
         for i in range(0, len(documents), 8):  # a page may be a book
             texts = [NLI_INPUT.format(document=d, claim=claim) for d in documents[i:i + 8]]
             inputs = tokenizer(texts, padding=True, return_tensors="pt", split_special_tokens=True)
-            with torch.inference_mode():
-                logits = model(**inputs.to(model.device)).logits.float()
+            logits = model(**inputs.to(model.device)).logits.float()  # (8, 2)
             scores += logits.softmax(-1)[:, 1].tolist()
         return scores
     return supported
@@ -200,9 +196,9 @@ def nli(claim, topic, page, c, args, supported):
     if not found:
         return {"label": "NS", "score": 0.0, "evidence": []}
     scores = supported([" ".join(map(line_of, piece)) for piece in found], claim)
-    best = max(range(len(found)), key=scores.__getitem__)
-    return {"label": "S" if scores[best] > 0.5 else "NS", "score": round(scores[best], 4),
-            "evidence": rank_passages(claim, found[best], bm25_index(found[best]), args.top)}
+    best, score = max(zip(found, scores), key=lambda pair: pair[1])
+    return {"label": "S" if score > 0.5 else "NS", "score": round(score, 4),
+            "evidence": rank_passages(claim, indexed(best), args.top)}
 
 
 def last_line(reply, pattern):
@@ -233,8 +229,7 @@ def llm(claim, topic, page, c, args, ask):
         if query in queries:
             break
         queries.append(query)
-        hits = searched(c, query, args.top) if page is None else rank_passages(
-            query, page["passages"], page["index"], args.top)
+        hits = rank_passages(query, page, args.top) if page else searched(c, query, args.top)
         evidence += [hit for hit in hits if hit not in evidence]
     label = ask(template("verdict", topic=topic, statement=claim, evidence=shown()), verdict,
                 "[Supported]", **params)
@@ -272,26 +267,18 @@ def short_answer(sample):
     return answer.rpartition(" ")[0] if cut else answer
 
 
-def plain_answer(text):
-    """An answer without case, punctuation and articles (FactTune)."""
-    return " ".join(w for w in re.findall(r"\w+", text.lower()) if w not in ("a", "an", "the"))
-
-
 def clusters(answers):
     """[[answer]]: each joins the first cluster whose first answer means the same, as FactTune's
-    code has it: equal, of the same words, one the other's ending, or singular and plural."""
-    out = []
+    code has it: without case, punctuation and articles they are equal, of the same words, one the
+    other's ending, or singular and plural."""
+    out = {}  # by what their first answer is without these
     for answer in answers:
-        a = plain_answer(answer)
-        for cluster in out:
-            b = plain_answer(cluster[0])
-            if a == b or a and b and (set(a.split()) == set(b.split()) or f" {a}".endswith(f" {b}")
-                                      or f" {b}".endswith(f" {a}") or a + "s" == b or b + "s" == a):
-                cluster.append(answer)
-                break
-        else:
-            out.append([answer])
-    return out
+        a = " ".join(w for w in re.findall(r"\w+", answer.lower()) if w not in ("a", "an", "the"))
+        like = next((b for b in out if a == b or a and b and (
+            set(a.split()) == set(b.split()) or f" {a}".endswith(f" {b}")
+            or f" {b}".endswith(f" {a}") or a + "s" == b or b + "s" == a)), a)
+        out.setdefault(like, []).append(answer)
+    return list(out.values())
 
 
 def confidence(answers):
@@ -299,12 +286,6 @@ def confidence(answers):
     shares = [len(cluster) / len(answers) for cluster in clusters(answers)]
     return {"max": round(max(shares), 4), "exp": round(sum(p * p for p in shares), 4),
             "neg_ent": round(sum(p * math.log(p) for p in shares), 4)}
-
-
-def statement_of(fact, answer):
-    """A sampled answer as a claim that can be judged."""
-    return f"{fact['prefix']} {answer}" if fact.get("prefix") else (
-        f'The answer to the question "{fact["question"]}" is: {answer}')
 
 
 def knowledge(answers):
@@ -323,33 +304,32 @@ def facts_of(row):
     return [fact for sentence in row["sentences"] for fact in sentence["facts"]]
 
 
-def wrong_parts(row):
-    """What was expected of sentences without facts that have a text; None where they have them."""
-    for sentence in row["sentences"]:
-        facts = sentence.get("facts") if isinstance(sentence, dict) else None
-        if not isinstance(facts, list) or not all(
-                isinstance(fact, dict) and isinstance(fact.get("text"), str)
-                and isinstance(question_of(fact) or "", str) for fact in facts):
-            return "'sentences' as [{'facts': [{'text': ..., 'question'?: ...}]}]"
-
-
-def wrong_rate(row, args):
-    """What was expected of a prompt without text, or without a server, a check that is no regex."""
-    check = "" if args.model else row.get("check") or args.check
+def wrong_part(row, args):
+    """What was expected inside a row's fields, or None: it is tried what the work will do."""
     try:
-        re.compile(as_messages(row["prompt"])[-1]["content"][:0] + check)
+        if args.method == "rate":
+            check = "" if args.model else row.get("check") or args.check
+            re.compile(as_messages(row["prompt"])[-1]["content"][:0] + check)
+        else:
+            facts = sum((sentence["facts"] for sentence in row["sentences"]), [])  # lists only
+            "".join(part for fact in facts for part in (fact["text"], question_of(fact) or ""))
     except (re.error, OverflowError, LookupError, TypeError):
-        return "'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
+        return ("'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
+                if args.method == "rate" else
+                "'sentences' as [{'facts': [{'text': ..., 'question'?: ...}]}]")
 
 
-def sampled_answers(args):
-    """{(topic, question): [answer]} of --answers."""
-    rows = read_jsonl(args.answers, {"topic": str, "response": str}, made_by="01_generate.py")
-    args.answers_sha256 = digest(rows)
+def sampled_answers(args, rows):
+    """{(topic, question): [answer]} of --answers; exits 2 where no fact of the rows asks these."""
+    samples = read_jsonl(args.answers, {"topic": str, "response": str}, made_by="01_generate.py")
+    args.answers_sha256 = digest(samples)
     found = {}
-    for row in rows:
+    for row in samples:
         if question_of(row) and short_answer(row):
             found.setdefault((row["topic"], question_of(row)), []).append(short_answer(row))
+    if not found.keys() & {(row["topic"], question_of(f)) for row in rows for f in facts_of(row)}:
+        die(f"{args.answers}: expected answers to what the facts of {args.inp} ask (by 02 "
+            "--questions-out, then 01), found none")
     return found
 
 
@@ -369,8 +349,8 @@ def verify(row, args, answers, result):
         said = answers.get((topic, question_of(fact)), [])
         if args.method == "confidence":
             return {"conf": confidence(said) if said else None}
-        return knowledge([(text, result(statement_of(fact, text), topic)["label"])
-                          for text in said])
+        opening = fact.get("prefix") or f'The answer to the question "{fact["question"]}" is:'
+        return knowledge([(text, result(f"{opening} {text}", topic)["label"]) for text in said])
 
     if args.method == "rate":
         return {**row, "rating": result(row["id"])}
@@ -382,8 +362,8 @@ def mark_repeats(row):
     """Set "repeats" on all but the first of the facts with equal words, the topic's own apart. Of a
     supported fact count only words that its evidence has, and directions, no praise: it repeats
     another of that field which has these and more. Said in ten ways, a thing is said once."""
-    facts, topic, first = facts_of(row), {"is", "also", *rules.words(row["topic"])}, {}
-    for fact in facts:
+    topic, first = {"is", "also", *rules.words(row["topic"])}, {}
+    for fact in facts_of(row):
         fact.pop("repeats", None)
         said, field = frozenset(rules.words(fact["text"])) - topic, None
         if fact.get("label") == "S" and fact.get("evidence"):
@@ -392,105 +372,99 @@ def mark_repeats(row):
             own = {w for w in said if w in there or re.fullmatch(rules.DIRECTION, w)}
             said = frozenset(own or filter(str.isalpha, said))
         first.setdefault((field, said), fact)
-    new = [id(fact) for (field, said), fact in first.items() if field is None
-           or not any(field == other and said < more for other, more in first)]
-    for fact in facts:
-        if id(fact) not in new:
-            fact["repeats"] = True
+        fact["repeats"] = True
+    for (field, said), fact in first.items():
+        if field is None or not any(field == other and said < more for other, more in first):
+            del fact["repeats"]
 
 
-def judge_of(args, rows, c, ask):
+def judge_of(who, args, rows, c, ask):
     """judge(claim, topic), or with --method rate judge(id)."""
-    if args.method == "rate":
+    if who == "rate":
         by_id = {row["id"]: row for row in rows}
-        return lambda name: rating(by_id[name], args, ask)
-    name = args.judge if args.answers else args.method
-    how = {"lexical": lexical, "nli": nli, "llm": llm}.get(name)
-    tool = load_nli(args) if name == "nli" else ask
+        return lambda row_id: rating(by_id[row_id], args, ask)
+    how = {"lexical": lexical, "nli": nli, "llm": llm}[who]
+    tool = load_nli(args) if who == "nli" else ask
 
     def judge(claim, topic):
-        wide = name == "llm" and args.open_search
+        wide = who == "llm" and args.open_search
         page = None if wide else open_page(topic, claim, c, args.open_search)
-        found = {"label": None, "evidence": []}
-        if page or wide:
-            found = how(claim, topic, page, c, args, tool)
-        return {"label": found.pop("label"), "kind": kind_of(claim, topic), **found}
+        found = how(claim, topic, page, c, args, tool) if page or wide else {"evidence": []}
+        return {"label": None, "kind": kind_of(claim, topic), **found}
     return judge
+
+
+def values(row, field):
+    """What a row's facts, or with --method rate the row itself, have in a field, where they do."""
+    return [part[field] for part in ([row] if field == "rating" else facts_of(row))
+            if field in part]
+
+
+def summary(rows, field):
+    """The closing block's numbers of verdicts, or of what the model knows."""
+    def count(name):
+        return Counter(value for row in rows for value in values(row, name))
+
+    if field == "label":
+        n, kinds = count("label"), count("kind").most_common()
+        checked = n["S"] + n["NS"]
+        return {"supported": n["S"], "not_supported": n["NS"], "irrelevant": n["IR"],
+                "pooled_precision": round(n["S"] / checked, 4) if checked else None,
+                "kinds": ", ".join(f"{kind} {times}" for kind, times in kinds)}
+    if field == "r":
+        return {name: count("known")[name] for name in ("unknown", "potentially", "known")}
+    return {}
 
 
 def main():
     args = parse_args()
-    needs = {"prompt": (str, list), "response": str} if args.method == "rate" else (
+    who = args.judge if args.method == "answers" else args.method
+    needs = {"prompt": (str, list), "response": str} if who == "rate" else (
         {"sentences": list, "topic": str})
-    rows = read_jsonl(args.inp, needs, made_by="02_decompose.py", parts=wrong_parts
-                      if "sentences" in needs else lambda row: wrong_rate(row, args))
-    answers = sampled_answers(args) if args.answers else None
-    if args.answers and not answers.keys() & {
-            (row["topic"], question_of(fact)) for row in rows for fact in facts_of(row)}:
-        die(f"{args.answers}: expected answers to what the facts of {args.inp} ask (by 02 "
-            "--questions-out, then 01), found none")
-    c, args.corpus_sha256 = None, None
-    if args.method not in ("rate", "confidence"):
-        c = {**corpus.open_corpus(args.corpus), "open": {}}
-        args.corpus_sha256 = corpus.digest(c)
+    rows = read_jsonl(args.inp, needs, "02_decompose.py", parts=lambda row: wrong_part(row, args))
+    answers = sampled_answers(args, rows) if args.answers else None
+    c = None if who in ("rate", "confidence") else {**corpus.open_corpus(args.corpus), "open": {}}
+    args.corpus_sha256 = c and corpus.digest(c)
     ask, spent = None, {}
-    if (args.judge if args.answers else args.method) == "llm" or (
-            args.method == "rate" and args.model):
+    if who == "llm" or who == "rate" and args.model:
         args.prompts_sha256 = digest(map(template, ("query", "verdict", "rate")))
         ask, spent = chat(args)
     field = {"rate": "rating", "confidence": "conf", "answers": "r"}.get(args.method, "label")
 
-    def values(row):
-        return [part[field] for part in ([row] if field == "rating" else facts_of(row))
-                if field in part]
+    def again(row):
+        return args.retry_null and None in values(row, field)
 
-    again = (lambda row: None in values(row)) if args.retry_null else lambda row: False
-    found, kinds, missing, failed = [], Counter(), set(), 0
     with output(args, rows, again) as (done, write, fail), \
             workers(args.concurrency if ask else 1) as pool:
         todo = rows[:args.limit]
         fresh = [row for row in todo if row["id"] not in done]
-        judge, jobs = judge_of(args, rows, c, ask) if fresh else None, {}
-
-        def hand_out(*key):
-            if key not in jobs:  # the same claim on one topic is judged once
-                jobs[key] = pool.submit(judge, *key)
-            return {"label": None}
-
+        claims = {}  # each once, however many facts say it of one topic
         for row in fresh:
-            verify(row, args, answers, hand_out)
-        for row in progress(todo, unit="row"):
-            if row["id"] not in done:
-                try:
-                    done[row["id"]] = verify(row, args, answers, lambda *key: jobs[key].result())
-                except ConnectionError as error:
-                    failed += 1
-                    fail(row, error)
-                    continue
-                if field != "rating":
-                    mark_repeats(done[row["id"]])
-                write(done[row["id"]])
-            row = done[row["id"]]
-            found += values(row)
-            if field == "label":
-                kinds.update(fact["kind"] for fact in facts_of(row))
-                if None in values(row) and corpus.find_page(c, row["topic"])[0] is None:
-                    missing.add(row["topic"])
+            verify(row, args, answers, lambda *key: claims.setdefault(key, {"label": None}))
+        judge = judge_of(who, args, rows, c, ask) if claims else None
+        jobs = {key: pool.submit(judge, *key) for key in claims}
+        for row in progress(fresh, unit="row"):
+            try:
+                found = verify(row, args, answers, lambda *key: jobs[key].result())
+            except ConnectionError as error:
+                fail(row, error)
+                continue
+            if who != "rate":
+                mark_repeats(found)
+            write(found)
+            done[row["id"]] = found
+    there = [done[row["id"]] for row in todo if row["id"] in done]
+    found = [value for row in there for value in values(row, field)]
+    unjudged, failed = found.count(None), len(todo) - len(there)
+    missing = {row["topic"] for row in there if field == "label" and None in values(row, field)
+               and corpus.find_page(c, row["topic"])[0] is None}
     if missing:
         print(f"no page in {args.corpus} for: {', '.join(sorted(missing))}")
-    checked, unjudged = found.count("S") + found.count("NS"), found.count(None)
-    if unjudged and not missing and not args.dry_run:
+    elif unjudged and not args.dry_run:
         print(f"{unjudged} could not be judged: --retry-null tries again", file=sys.stderr)
-    numbers = {"supported": found.count("S"), "not_supported": found.count("NS"),
-               "irrelevant": found.count("IR"),
-               "pooled_precision": round(found.count("S") / checked, 4) if checked else None,
-               "kinds": ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())}
-    if field == "r":
-        numbers = {"unknown": found.count(0), "potentially": sum(0 < (r or 0) < 1 for r in found),
-                   "known": found.count(1)}
-    report(rows_in=len(todo), rows_out=len(todo) - failed, failed=failed,
-           **{"ratings" if field == "rating" else "facts": len(found)}, unjudged=unjudged,
-           **(numbers if field in ("label", "r") else {}), **spent)
+    report(rows_in=len(todo), rows_out=len(there), failed=failed,
+           **{"ratings" if who == "rate" else "facts": len(found)}, unjudged=unjudged,
+           **summary(there, field), **spent)
     return 1 if unjudged or failed else 0
 
 

@@ -725,10 +725,10 @@ def best_first(scores):
     "Mount Zlip, the highest point, lies in Ruritania", "official, official language", "nothing"])
 def test_rank_passages_by_brute_force(query):
     documents = [rules.words(f"{p['field']} {p['text']}") for p in BORDURIA]
-    index = verifier.bm25_index(BORDURIA)
+    page = verifier.indexed(BORDURIA)
     scores = bm25_plus(rules.words(query), documents)
-    assert index.get_scores(rules.words(query)) == pytest.approx(scores)
-    ranked = verifier.rank_passages(query, BORDURIA, index, 5)
+    assert page["index"].get_scores(rules.words(query)) == pytest.approx(scores)
+    ranked = verifier.rank_passages(query, page, 5)
     assert ranked == [BORDURIA[i] for i in best_first(scores)[:5]]
 
 
@@ -747,19 +747,19 @@ def test_two_passages_tie_under_okapi_only():
     page = [{"title": "X", "text": "it has hills"}, {"title": "X", "text": "it exports copper"}]
     words = [rules.words(p["text"]) for p in page]
     assert len(set(BM25Okapi(words).get_scores(["copper"]))) == 1
-    assert verifier.rank_passages("copper", page, verifier.bm25_index(page), 1) == [page[1]]
+    assert verifier.rank_passages("copper", verifier.indexed(page), 1) == [page[1]]
 
 
 def test_rank_passages_ties_keep_the_order_of_the_page():
     page = [{"title": "X", "text": text} for text in ("a b", "gold", "silver", "gold", "")]
-    index = verifier.bm25_index(page)
-    assert verifier.rank_passages("gold", page, index, 9) == [page[i] for i in (1, 3, 0, 2, 4)]
-    assert verifier.rank_passages("zinc", page, index, 2) == page[:2]
+    found = verifier.indexed(page)
+    assert verifier.rank_passages("gold", found, 9) == [page[i] for i in (1, 3, 0, 2, 4)]
+    assert verifier.rank_passages("zinc", found, 2) == page[:2]
 
 
 def test_rank_passages_of_an_empty_page():
     page = [{"title": "X", "text": ""}, {"title": "X", "text": "\u65e5\u672c"}]
-    assert verifier.rank_passages("gold", page, verifier.bm25_index(page), 3) == page
+    assert verifier.rank_passages("gold", verifier.indexed(page), 3) == page
 
 
 # ---------------------------------------------------------------------------------------------
