@@ -321,7 +321,9 @@ def wrong_part(row, args):
 
 def sampled_answers(args, rows):
     """{(topic, question): [answer]} of --answers; exits 2 where no fact of the rows asks these."""
-    samples = read_jsonl(args.answers, {"topic": str, "response": str}, made_by="01_generate.py")
+    samples = read_jsonl(args.answers, {"topic": str, "response": str}, made_by="01_generate.py",
+                         parts=lambda row: None if isinstance(question_of(row) or "", str) else
+                         "'question' (or 'prefix') as text")
     args.answers_sha256 = digest(samples)
     found = {}
     for row in samples:

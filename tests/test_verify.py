@@ -579,6 +579,14 @@ def test_answers_to_other_questions(verify, tmp_path):
         assert (status, found) == (2, None) and closing.err.count("\n") == 1
 
 
+def test_answers_to_a_question_that_is_no_text(verify, tmp_path):
+    answers = write_rows(tmp_path / "answers.jsonl", [
+        {"topic": "Land1", "response": "Lima", "question": [WHICH]}])
+    status, found, closing = verify(asked_rows(), "--method", "confidence", "--answers", answers)
+    assert (status, found) == (2, None) and closing.err.count("\n") == 1
+    assert f"{answers}:1: expected 'question'" in closing.err
+
+
 # ---------------------------------------------------------------------------------------------
 # answers
 
