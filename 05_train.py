@@ -32,7 +32,6 @@ import random
 import shlex
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from common import (arguments, as_messages, die, digest, dumps, load_model, lock, progress,
@@ -87,17 +86,16 @@ def parse_args():
     add("--save-every", type=int, default=50, metavar="STEPS", help="checkpoint (0: never)")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="(0: before and after)")
     args = p.parse_args()
-    if min(args.lr, args.beta, args.clip, args.epochs, args.batch, args.microbatch, args.lora_r,
-           args.sentence_beta, args.desirable_weight, args.undesirable_weight,
-           args.sentence_desirable_weight, args.sentence_undesirable_weight,
-           *args.kind_weights.values(), 1 if args.limit is None else args.limit) <= 0:
-        die("expected rates, sizes and weights above 0")
-    if min(args.lam, args.alpha) < 0:
-        die("expected --lam and --alpha of at least 0")
+    may_be_0 = ("seed", "label_smoothing", "alpha", "lam", "warmup", "save_every", "eval_every")
+    weights = [("kind_weights", weight) for weight in args.kind_weights.values()]
+    for flag, value in [*vars(args).items(), *weights]:
+        least = "at least" if flag in may_be_0 else "above"
+        if type(value) in (int, float) and (value < 0 or value == 0 and least == "above"):
+            die(f"expected --{flag.replace('_', '-')} {least} 0, found {value}")
+    if not (args.warmup < 1 and args.label_smoothing < 0.5 and args.lora_r <= 64):
+        die("expected --warmup < 1, --label-smoothing < 0.5, --lora-r <= 64 (vLLM's)")
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").exists():
         die(f"{args.adapter}: expected a folder with a LoRA adapter, found no adapter_config.json")
-    if not (0 <= args.warmup < 1 and 0 <= args.label_smoothing < 0.5 and args.lora_r <= 64):
-        die("expected 0 <= --warmup < 1, 0 <= --label-smoothing < 0.5, --lora-r <= 64 (vLLM's)")
     if args.kind_weights and args.loss in ("sft", "factalign"):
         die(f"--kind-weights weigh the rows of the other losses, not of {args.loss}")
     return args
@@ -197,7 +195,7 @@ def encode_rows(tokenizer, rows, args):
         prompt, text = as_messages(row["prompt"]), row[sides(args.loss)[0]][0]["content"]
         responses = [encode(tokenizer, prompt, row[side][0]["content"], finish(row, side),
                             row.get("prefix") or "") for side in sides(args.loss)]
-        if not all(c and len(p) + len(c) <= args.max_length for p, c in responses):
+        if not all(c and len(p + c) <= args.max_length for p, c in responses):
             continue
         labels, ids = row.get("sentence_label") if args.loss == "factalign" else [], []
         if labels:
@@ -213,15 +211,12 @@ def encode_rows(tokenizer, rows, args):
 
 
 # ---------------------------------------------------------------------------------------------
-# The plan: a step is a list of rows for each process
-
-def length(response):
-    return sum(map(len, response))
-
+# The plan: a step is a list of rows
 
 def distinct(rows):
     """The responses of some rows, each once, by length."""
-    return sorted({r for row in rows for r in row["responses"]}, key=lambda r: (length(r), r))
+    found = {response for row in rows for response in row["responses"]}
+    return sorted(found, key=lambda response: (sum(map(len, response)), response))
 
 
 def drawn(groups, rows, n, rng, whole):
@@ -270,8 +265,8 @@ def plan(rows, args, batch, epochs, halves=False):
     if args.loss in KTO:
         steps = [[[row] for row in mismatched(sum(step, []))] for step in steps]
     for step in steps:
-        step.sort(key=lambda group: length(distinct(group)[-1]))
-    return [[sum(step[rank::RANKS], []) for rank in range(RANKS)] for step in steps]
+        step.sort(key=lambda group: max(len(p + c) for row in group for p, c in row["responses"]))
+    return [sum(step, []) for step in steps]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,49 +275,48 @@ def plan(rows, args, batch, epochs, halves=False):
 def piece_logps(model, responses):
     """log p of each completion token given all before it: fp32 (tokens,) for each response."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
     from torch.utils.checkpoint import checkpoint
     from losses import token_logps
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
-    width = max(map(length, responses))
     # Pads stand on the right, where causal attention never looks: no mask is needed.
-    ids = torch.tensor([[*p, *c] + [0] * (width - len(p) - len(c)) for p, c in responses],
-                       device=model.device)  # (R, T)
-    where = [(r, t) for r, (p, c) in enumerate(responses) for t in range(len(p), len(p) + len(c))]
-    row, at = torch.tensor(where, device=model.device).T  # (N,), (N,)
+    ids = pad_sequence([torch.tensor(p + c, device=model.device) for p, c in responses],
+                       batch_first=True)  # (R, T)
     hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (R, T, H)
-
-    def score(hidden, ids):
-        return token_logps(causal.get_output_embeddings()(hidden)[None], ids[None])[0]
-
     # The shift, here and nowhere else: what the model says at t - 1 scores the token at t.
-    chunks = zip(hidden[row, at - 1].split(HEAD), ids[row, at].split(HEAD))
+    hidden = torch.cat([h[len(p) - 1:][:len(c)] for h, (p, c) in zip(hidden, responses)])  # (N, H)
+    tokens = torch.cat([t[len(p):][:len(c)] for t, (p, c) in zip(ids, responses)])  # (N,)
+
+    def score(hidden, tokens):
+        return token_logps(causal.get_output_embeddings()(hidden)[None], tokens[None])[0]
+
+    chunks = zip(hidden.split(HEAD), tokens.split(HEAD))
     # Checkpointed: the graph of all (N, vocabulary) logits would outweigh that of the model.
     logps = torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
     return logps.split([len(completion) for _, completion in responses])
 
 
 def completion_logps(model, responses, args):
-    """{response: (tokens,) log-probs}. Where they outnumber --microbatch no graph is kept: a piece
-    is computed again when the gradient comes to it, which is exact, whatever the size."""
+    """{response: (tokens,) log-probs}. Each process computes a share of them, and is told the rest.
+    Where a share outnumbers --microbatch no graph is kept: a piece is computed again when the
+    gradient comes to it, which is exact, whatever the size."""
     import torch
+    from accelerate.utils import gather_object
     from torch.utils.checkpoint import checkpoint
+    share = responses[RANK::RANKS]
     # Neighbours in length: 13 % of a piece of 4 are pads, 27 % of 8; a GPU prefers full pieces.
     size = min(4 if model.device.type == "cpu" else 64, args.microbatch)
-    pieces = [responses[i:i + size] for i in range(0, len(responses), size)]
-    again = len(responses) > args.microbatch and torch.is_grad_enabled()
+    pieces = [share[i:i + size] for i in range(0, len(share), size)]
+    again = len(share) > args.microbatch and torch.is_grad_enabled()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         found = [checkpoint(piece_logps, model, piece, use_reentrant=False) if again else
                  piece_logps(model, piece) for piece in pieces]
-    return dict(zip(responses, sum(found, ())))
-
-
-def everyones(logps, device):
-    """Those of all processes."""
-    from accelerate.utils import gather_object
+    own = dict(zip(share, sum(found, ())))
     if RANKS == 1:
-        return logps
-    parts = gather_object([{key: value.cpu() for key, value in logps.items()}])
-    return {key: value.to(device) for part in parts for key, value in part.items()}
+        return own
+    parts = gather_object([{response: logps.detach().cpu() for response, logps in own.items()}])
+    told = {response: logps for part in parts for response, logps in part.items()}
+    return {response: logps.to(model.device) for response, logps in told.items()} | own
 
 
 def others(rows):
@@ -332,7 +326,8 @@ def others(rows):
 def fingerprint(model, steps, args):
     """Hash of all that log-probs depend on: weights, token ids and how they are batched."""
     import torch
-    plan = [[distinct(rows), distinct(others(rows))] for step in steps for rows in step]
+    plan = [[distinct(some)[rank::RANKS] for some in (rows, others(rows))]
+            for rows in steps for rank in range(RANKS)]
     found = hashlib.sha256(repr((args.dtype, model.device.type, args.microbatch, plan)).encode())
     for name, weight in model.state_dict().items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -346,22 +341,20 @@ def reference_logps(model, steps, args, key):
     import torch
     from safetensors.torch import load_file, save_file
     path, found = Path(args.out).parent / f"reference-{key[:16]}.safetensors", {}
-    rows = [row for step in steps for rows in step for row in rows]
-    order = distinct(rows + others(rows))
-    if not path.exists():
-        for step in progress(steps, desc="reference", unit="step"):
-            for batch in (distinct(step[RANK]), distinct(others(step[RANK]))):
-                if not found.keys() >= set(batch):
-                    with torch.no_grad():
-                        found = {**completion_logps(model, batch, args), **found}
-        found = everyones(found, model.device)
-        if RANK == 0:
-            aside = f"{path}.{os.getpid()}.tmp"  # another run may want the same
-            save_file({"logps": torch.cat([found[response] for response in order])}, aside)
-            os.replace(aside, path)
-        return found
-    logps = load_file(path, device=str(model.device))["logps"]
-    return dict(zip(order, logps.split([len(completion) for _, completion in order])))
+    order = distinct([row for rows in steps for row in rows + others(rows)])
+    if path.exists():
+        logps = load_file(path, device=str(model.device))["logps"]
+        return dict(zip(order, logps.split([len(completion) for _, completion in order])))
+    for rows in progress(steps, desc="reference", unit="step"):
+        for batch in (distinct(rows), distinct(others(rows))):
+            if not found.keys() >= set(batch):
+                with torch.no_grad():
+                    found = {**completion_logps(model, batch, args), **found}
+    if RANK == 0:
+        aside = f"{path}.{os.getpid()}.tmp"  # another run may want the same
+        save_file({"logps": torch.cat([found[response] for response in order])}, aside)
+        os.replace(aside, path)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -373,60 +366,59 @@ def losses_of(rows, policy, reference, args):
     import losses
     device = next(iter(policy.values())).device
 
-    def column(logps, side=0, rows=rows):  # (B,)
+    def scores(logps, rows=rows):  # (B,) for each side: sums of log-probs, for ipo their means
         reduce = torch.mean if args.loss == "ipo" else torch.sum
-        return torch.stack([reduce(logps[row["responses"][side]]) for row in rows])
+        return [torch.stack([reduce(logps[response]) for response in side])
+                for side in zip(*(row["responses"] for row in rows))]
 
-    def sentences(logps, rows):  # (M,)
-        ids, n = [], 0
-        for row in rows:
-            ids += [n + number if number >= 0 else -1 for number in row["sentence_ids"]]
-            n += len(row["sentences"])
-        flat = torch.cat([logps[row["responses"][0]] for row in rows])
-        return losses.sentence_sums(flat[None], torch.tensor([ids], device=device), n)
+    def sentences(logps, rows=rows):  # (M,)
+        return torch.cat([losses.sentence_sums(
+            logps[row["responses"][0]][None], torch.tensor([row["sentence_ids"]], device=device),
+            len(row["sentences"])) for row in rows])
 
     if args.loss == "sft":  # as one long row: the sum over all tokens counts
         logps = torch.cat([policy[row["responses"][0]] for row in rows])[None]
         nll, metrics = losses.sft_loss(logps, torch.ones_like(logps))
         return nll.sum() / metrics["tokens"], metrics
-    chosen = column(policy)
-    if args.loss == "cpo":
+    if args.loss == "dpo":
+        found, metrics = losses.dpo_loss(*scores(policy), *scores(reference), args.beta,
+                                         args.label_smoothing)
+    elif args.loss == "ipo":
+        found, metrics = losses.ipo_loss(*scores(policy), *scores(reference), args.beta)
+    elif args.loss == "rso":
+        found, metrics = losses.rso_loss(*scores(policy), *scores(reference), args.beta)
+    elif args.loss == "cpo":
+        chosen, rejected = scores(policy)
         nll = -chosen * len(rows) / sum(len(row["responses"][0][1]) for row in rows)
-        found, metrics = losses.cpo_loss(chosen, column(policy, 1), nll, args.beta, args.alpha)
-    elif args.loss in PAIRS:
-        loss = {"dpo": partial(losses.dpo_loss, label_smoothing=args.label_smoothing),
-                "ipo": losses.ipo_loss, "rso": losses.rso_loss}[args.loss]
-        found, metrics = loss(chosen, column(policy, 1), column(reference), column(reference, 1),
-                              beta=args.beta)
+        found, metrics = losses.cpo_loss(chosen, rejected, nll, args.beta, args.alpha)
     else:
+        (now,), (before,) = scores(policy), scores(reference)
         label = torch.tensor([row["label"] for row in rows], device=device)
-        z0 = losses.kl_estimate(*[column(logps, 0, others(rows)) for logps in (policy, reference)])
-        found, metrics = losses.kto_loss(chosen - column(reference), label, z0, args.beta,
+        z0 = losses.kl_estimate(*scores(policy, others(rows)), *scores(reference, others(rows)))
+        found, metrics = losses.kto_loss(now - before, label, z0, args.beta,
                                          args.desirable_weight, args.undesirable_weight)
     if args.loss == "factalign":
-        marks = [(b, mark) for b, row in enumerate(rows) for mark in row["sentences"]]
-        numbers, marks = torch.tensor(marks, device=device, dtype=torch.long).reshape(-1, 2).T
-        z0 = losses.kl_estimate(*[sentences(logps, others(rows)) for logps in (policy, reference)])
+        label = torch.tensor([mark for row in rows for mark in row["sentences"]], device=device)
+        number = torch.tensor([b for b, row in enumerate(rows) for _ in row["sentences"]],
+                              device=device, dtype=torch.long)
+        z0 = losses.kl_estimate(sentences(policy, others(rows)), sentences(reference, others(rows)))
         parts, more = losses.fkto_loss(
-            sentences(policy, rows) - sentences(reference, rows), marks, numbers, z0,
-            args.sentence_beta, args.sentence_desirable_weight, args.sentence_undesirable_weight)
+            sentences(policy) - sentences(reference), label, number, z0, args.sentence_beta,
+            args.sentence_desirable_weight, args.sentence_undesirable_weight)
         return losses.factalign_loss(found, parts, args.lam), {**metrics, **more}
     kinds = [row["kind"] for row in rows]
     weights = {kind: args.kind_weights.get(kind, 1.0) for kind in kinds}
     return losses.mix(found, kinds, weights), metrics
 
 
-def step_loss(model, step, reference, args):
-    """(loss, metrics) of a step. Each process computes the log-probs of its own rows, with a graph
-    where gradients are on, and is told the rest: its gradient is its part of the step's."""
+def step_loss(model, rows, reference, args):
+    """(loss, metrics) of a step, with a graph where gradients are on: of what this process has
+    computed, so that its gradient is its part of the step's."""
     import torch
     with torch.no_grad():
-        told = completion_logps(model, distinct(others(step[RANK])), args)
-    before = distinct(sum(step[:RANK], []))  # what several processes have is the first one's
-    mine = [response for response in distinct(step[RANK]) if response not in before]
-    own = completion_logps(model, mine, args)
-    told |= {response: logps.detach() for response, logps in own.items()}
-    return losses_of(sum(step, []), {**everyones(told, model.device), **own}, reference, args)
+        policy = completion_logps(model, distinct(others(rows)), args)
+    policy |= completion_logps(model, distinct(rows), args)
+    return losses_of(rows, policy, reference, args)
 
 
 def check_head(model, response):
@@ -509,11 +501,11 @@ def train(model, steps, held, reference, args, key, folder, log):
             return
         loss, metrics = step_loss(model, steps[number], reference, args)
         if number == 0 and reference and args.ref == "start":
-            start_loss, _ = losses_of(sum(steps[0], []), reference, reference, args)
+            start_loss, _ = losses_of(steps[0], reference, reference, args)
             print(f"step 0: loss {loss:.4f}; {start_loss:.4f} where policy is reference")
             if abs(loss - start_loss) > (1e-3 if args.dtype == "float32" else 2e-2):
                 sys.exit("step 0: the policy is not the reference before training")
-        if loss.requires_grad:  # a process may have no row
+        if loss.requires_grad:  # a process may have no response
             loss.backward()
         for weight in weights if RANKS > 1 else ():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -521,7 +513,7 @@ def train(model, steps, held, reference, args, key, folder, log):
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
         if not math.isfinite(loss.item() + norm):
             sys.exit(f"step {number}: loss {loss:.4g} and gradient norm {norm:.4g} from the rows "
-                     + ", ".join(row["id"] for rows in steps[number] for row in rows))
+                     + ", ".join(row["id"] for row in steps[number]))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate(number, len(steps), args)
         optimizer.step()
@@ -552,33 +544,26 @@ def policy_of(args, device):
     return model, tokenizer
 
 
-def reference_model(args, policy):
-    adapter = args.ref if (Path(args.ref) / "adapter_config.json").exists() else None
-    if args.ref == "start":
-        return policy
-    return load_model(args.model if adapter or args.ref == "base" else args.ref, adapter,
-                      "float32" if args.full else args.dtype, policy.device)[0]
-
-
 def main():
     args = parse_args()
-    files = [read_jsonl(path, {"prompt": (str, list)}, made_by="04_build_prefs.py",
-                        parts=lambda row: lacks(row, args.loss))
-             for path in (args.inp, args.eval_prefs) if path]
-    files[0], out = files[0][:args.limit], Path(args.out)
+    given, given_held = [read_jsonl(path, {"prompt": (str, list)}, made_by="04_build_prefs.py",
+                                    parts=lambda row: lacks(row, args.loss)) if path else []
+                         for path in (args.inp, args.eval_prefs)]
+    given, out = given[:args.limit], Path(args.out)
     # Flags to same_run: what else makes another run.
-    args.rows, args.held, args.processes = len(files[0]), digest(sum(files[1:], [])), RANKS
+    args.rows, args.held, args.processes = len(given), digest(given_held), RANKS
     for path in Path(args.adapter or "/dev/null").glob("*.safetensors"):
         args.adapter_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    unknown = args.kind_weights.keys() - {row.get("kind") for row in files[0]}
+    unknown = args.kind_weights.keys() - {row.get("kind") for row in given}
     if unknown:
         die(f"{args.inp}: expected rows of each of --kind-weights, found no {sorted(unknown)}")
-    memo, text = same_run(out, args, files[0])
+    memo, text = same_run(out, args, given)
     if out.exists() and not (out.is_dir() and memo.exists()):
         die(f"{out} is there, and no run of this stage made it. Choose another --out")
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    if ((out / "README.md").exists() and not args.overwrite
+    card = out / "README.md"
+    if (card.exists() and not args.overwrite
             and json.loads(memo.read_text(encoding="utf-8")).get("finished")):
         sweep(out)
         print(f"{out} is finished: the same flags and rows made it")
@@ -587,11 +572,11 @@ def main():
     from accelerate import PartialState
     processes = PartialState(cpu=args.device == "cpu")
     model, tokenizer = policy_of(args, args.device if RANKS == 1 else processes.device)
-    rows, *held = [encode_rows(tokenizer, some, args) for some in files]
-    both = {row["prompt_id"] for row in rows} & {row["prompt_id"] for some in held for row in some}
+    rows, held = (encode_rows(tokenizer, some, args) for some in (given, given_held))
+    both = {row["prompt_id"] for row in rows} & {row["prompt_id"] for row in held}
     if both:
         die(f"{args.eval_prefs}: expected other prompts than --prefs, found {sorted(both)}")
-    if not rows or [] in held:
+    if not rows or given_held and not held:
         die(f"expected rows of at most {args.max_length} tokens (--max-length), found none")
     if args.loss == "factalign" and not any(row["sentences"] for row in rows):
         die(f"{args.inp}: expected rows with sentences ({', '.join(SENTENCES)}), found none")
@@ -600,13 +585,17 @@ def main():
     weigh("sentences", sum((row["sentences"] for row in rows), []),
           args.sentence_desirable_weight, args.sentence_undesirable_weight)
     steps = plan(rows, args, args.batch, args.epochs, args.halves)
-    held = plan(held[0], args, len(held[0]), 1) if held else []  # one large step
-    key, reference = fingerprint(model, steps + held, args), {}
+    held_step = plan(held, args, len(held), 1) if held else []  # one large step
+    key, reference = fingerprint(model, steps + held_step, args), {}
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.loss not in ("sft", "cpo"):
-        ref = reference_model(args, model)
-        ref_key = key if ref is model else fingerprint(ref, steps + held, args)
-        reference = reference_logps(ref, steps + held, args, ref_key)
+        adapter = args.ref if (Path(args.ref) / "adapter_config.json").exists() else None
+        name = args.model if adapter or args.ref == "base" else args.ref
+        ref = model if args.ref == "start" else load_model(
+            name, adapter, "float32" if args.full else args.dtype, model.device)[0]
+        ref_key = key if ref is model else fingerprint(ref, steps + held_step, args)
+        reference = reference_logps(ref, steps + held_step, args, ref_key)
+        del ref  # or its weights would stay in memory to the end
 
     if RANK == 0 and not out.exists():
         write_whole(memo, text)  # a folder without it would be somebody else's
@@ -616,11 +605,11 @@ def main():
         lock(log, out)
         if RANK == 0:
             if args.overwrite or not [*out.glob("step-*.pt")]:
-                (out / "README.md").unlink(missing_ok=True)  # first: it says that the rest is there
+                card.unlink(missing_ok=True)  # first: it says that the rest is there
                 sweep(out, "[!l]*")  # all but log.jsonl
             write_whole(memo, text)
         processes.wait_for_everyone()
-        train(model, steps, sum(held, []), reference, args, key + text, out, log)
+        train(model, steps, sum(held_step, []), reference, args, key + text, out, log)
         processes.destroy_process_group()
         if RANK:
             os._exit(0)  # the usual way out can abort in a thread of torch.distributed
@@ -628,14 +617,13 @@ def main():
         (model.bfloat16() if args.full or args.merge else model).save_pretrained(out)
         tokenizer.save_pretrained(out)
         told = shlex.join(["python", "05_train.py", *sys.argv[1:]])
-        card = f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}"
-        write_whole(out / "README.md", card)
+        write_whole(card, f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}")
         write_whole(memo, dumps({**json.loads(text), "finished": True}) + "\n")
         sweep(out)
-    report(rows_in=args.rows, trained_on=len(rows), left_out=args.rows - len(rows),
-           sentences_in=sum(len(row.get("sentence_label") or []) for row in files[0]),
+    report(rows_in=len(given), trained_on=len(rows), left_out=len(given) - len(rows),
+           sentences_in=sum(len(row.get("sentence_label") or []) for row in given),
            sentences=sum(len(row["sentences"]) for row in rows), steps=len(steps),
-           held_out=sum(map(len, sum(held, []))))
+           held_out=len(held))
     if RANKS > 1:
         sys.stdout.flush()
         os._exit(0)

@@ -116,12 +116,6 @@ def encoded(tokenizer, rows, **changes):
     return train.encode_rows(tokenizer, rows, args)
 
 
-def flat(steps):
-    """The rows of each step, all of them this one process's."""
-    assert all(len(step) == 1 for step in steps)
-    return [rows for rows, in steps]
-
-
 def plain_logp(model, response):
     """One response at a time, the whole sequence through the whole model."""
     prompt, completion = response
@@ -215,11 +209,10 @@ def ids_of(rows):
 def test_plan_keeps_groups_whole_and_uses_each_pair_once_an_epoch():
     pairs = lengths_to_plan(*(1 + g % 5 for g in range(40)))
     before = copy.deepcopy(pairs)
-    planned = train.plan(pairs, settings(seed=3), 8, 2)
+    steps = train.plan(pairs, settings(seed=3), 8, 2)
     random.seed(5)  # nobody else's dice
-    assert planned == train.plan(pairs, settings(seed=3), 8, 2) and pairs == before
-    assert planned != train.plan(pairs, settings(seed=4), 8, 2)
-    steps = flat(planned)
+    assert steps == train.plan(pairs, settings(seed=3), 8, 2) and pairs == before
+    assert steps != train.plan(pairs, settings(seed=4), 8, 2)
     first, second = (ids_of(sum(steps[n:n + 15], [])) for n in (0, 15))
     assert len(steps) == 30  # an epoch ends with a step: 120 pairs are 15 steps of 8
     assert sorted(first) == sorted(second) == sorted(ids_of(pairs)) and first != second
@@ -237,7 +230,7 @@ def test_plan_keeps_groups_whole_and_uses_each_pair_once_an_epoch():
 def test_plan_fills_steps_evenly(sizes, batch):
     """No short last step: all are within one group of the mean; of equal groups, of each other."""
     for seed in range(10):
-        steps = flat(train.plan(lengths_to_plan(*sizes), settings(seed=seed), batch, 1))
+        steps = train.plan(lengths_to_plan(*sizes), settings(seed=seed), batch, 1)
         counts, mean = [len(step) for step in steps], sum(sizes) / len(steps)
         assert len(steps) == -(-sum(sizes) // batch)
         assert all(abs(count - mean) < max(sizes) for count in counts)
@@ -246,10 +239,10 @@ def test_plan_fills_steps_evenly(sizes, batch):
 
 def test_plan_of_a_large_group_and_of_targets():
     big = lengths_to_plan(20)
-    assert train.plan(big, settings(), 8, 1) == [[big]]
+    assert train.plan(big, settings(), 8, 1) == [big]
     # Targets share no response: those of a prompt need no common step.
     alone = [{**row, "responses": row["responses"][1:]} for row in lengths_to_plan(5, 20)]
-    steps = flat(train.plan(alone, settings(loss="sft"), 8, 1))
+    steps = train.plan(alone, settings(loss="sft"), 8, 1)
     assert sorted(map(len, steps)) == [6, 6, 6, 7]
     assert any(len({row["prompt_id"] for row in step}) == 2 for step in steps)
     assert sorted(ids_of(sum(steps, []))) == sorted(ids_of(alone))
@@ -260,9 +253,8 @@ def test_plan_of_a_large_group_and_of_targets():
 
 def test_halves_give_each_kind_an_equal_part_and_the_smaller_goes_round():
     facts, style = lengths_to_plan(*[2] * 20, kind="fact"), lengths_to_plan(*[1] * 12, kind="style")
-    planned = train.plan(facts + style, settings(), 8, 3, halves=True)
-    steps = flat(planned)
-    assert len(steps) == 30 and planned == train.plan(facts + style, settings(), 8, 3, True)
+    steps = train.plan(facts + style, settings(), 8, 3, halves=True)
+    assert len(steps) == 30 and steps == train.plan(facts + style, settings(), 8, 3, True)
     for epoch in (steps[:10], steps[10:20], steps[20:]):
         for step in epoch:
             assert Counter(row["kind"] for row in step) == {"fact": 4, "style": 4}
@@ -273,7 +265,7 @@ def test_halves_give_each_kind_an_equal_part_and_the_smaller_goes_round():
             some = [row for step in epoch[a:a + 3] for row in step if row["kind"] == "style"]
             assert sorted(ids_of(some)) == sorted(ids_of(style))
     counts = {Counter(row["kind"] for row in step)["style"]
-              for step in flat(train.plan(facts + style, settings(), 8, 3))}
+              for step in train.plan(facts + style, settings(), 8, 3)}
     assert len(counts) > 1  # mixed where nobody asks for halves
 
 
@@ -339,7 +331,7 @@ def test_a_shared_response_goes_through_once(tiny_model, monkeypatch):
         torch.zeros(len(completion)) for _, completion in piece))
     reference = {response: torch.zeros(len(response[1])) for response in train.distinct(rows)}
     with torch.no_grad():  # then nothing is computed again, either
-        train.step_loss(model, [rows], reference, settings(microbatch=2))
+        train.step_loss(model, rows, reference, settings(microbatch=2))
     assert len(seen) == 6 == len(set(seen))  # 5 pairs, one chosen
     lengths = [len(p) + len(c) for p, c in seen]
     assert lengths == sorted(lengths)
@@ -502,7 +494,7 @@ def test_updates_match_a_plain_loop(loss, rows, microbatch, optim, schedule, tin
 
     moments, norms = {}, []
     for number, row in enumerate(log):
-        mean, right = plain_loss(loss, plain, reference, flat(steps)[number])
+        mean, right = plain_loss(loss, plain, reference, steps[number])
         mean.backward()
         norms.append(torch.stack([w.grad.norm() for w in plain.parameters()]).norm().item())
         for weight in plain.parameters():
@@ -542,7 +534,7 @@ def test_nan_stops_with_the_rows_of_its_step(tiny_model, tmp_path):
 
 def test_another_reference_is_noticed_at_step_0(tiny_model, tmp_path):
     model, steps, reference = small_run(tiny_model, tmp_path)
-    reference[steps[0][0][0]["responses"][0]] += 3.0
+    reference[steps[0][0]["responses"][0]] += 3.0
     before = [weight.clone() for weight in model.parameters()]
     with pytest.raises(SystemExit, match="not the reference"):
         loop(tmp_path, model, steps, reference, settings())
@@ -929,7 +921,7 @@ def test_the_reference_of_a_response_is_that_of_its_first_batch(tiny_model, tmp_
     again = [{**pair("a", "yes", text, 9 + n), "prompt_id": f"a{n}", "id": f"a{n}"}
              for n, text in enumerate(["no", "so", "nono"])]  # the same prompt under other names
     steps = train.plan(encoded(tokenizer, UNEVEN + again), settings(), 3, 4)
-    batches = [train.distinct(rows) for rows in flat(steps)]
+    batches = [train.distinct(rows) for rows in steps]
 
     def numbered(model, responses, args):
         number = float(batches.index(responses))

@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 from unittest import mock
 
+import accelerate.utils
 import psutil
 import pytest
 import torch
@@ -251,9 +252,9 @@ def world(tiny_model, tmp_path_factory):
 
 
 def step_of(tokenizer, rows, args):
-    """One step of all rows, in their order, and its reference in `reference_logps`' form."""
+    """One step of all rows, in their order."""
     made = train.encode_rows(tokenizer, rows, args)
-    return [train.mismatched(made) if args.loss in ("kto", "factalign") else made]
+    return train.mismatched(made) if args.loss in ("kto", "factalign") else made
 
 
 def step_of_05(model, reference, tokenizer, rows, args):
@@ -262,7 +263,7 @@ def step_of_05(model, reference, tokenizer, rows, args):
     known = {}
     if args.loss not in ("sft", "cpo"):
         with torch.no_grad():
-            all_rows = step[0] + train.others(step[0])
+            all_rows = step + train.others(step)
             known = train.completion_logps(reference, train.distinct(all_rows), args)
     model.zero_grad()
     loss, metrics = train.step_loss(model, step, known, args)
@@ -491,9 +492,9 @@ def test_sentences_and_the_rest_add_up_to_the_response(world):
             other = asked("z", completion=said("x"), label=False, finish="stop")
             step = step_of(world.tokenizer, [alone, other], args)
             policy = {response: -2.0 ** torch.arange(len(response[1]), dtype=torch.float64)
-                      for made in step[0] + train.others(step[0]) for response in made["responses"]}
+                      for made in step + train.others(step) for response in made["responses"]}
             zero = {response: 0 * logps for response, logps in policy.items()}
-            _, metrics = train.losses_of(step[0], policy, zero, args)
+            _, metrics = train.losses_of(step, policy, zero, args)
             sums.append(-metrics.get("sentence_rewards/chosen", torch.zeros(())).item())
             total += sums[-1]
         right = [sum(2 ** t for t, bit in enumerate(bits) if bit and bit[0] is text)
@@ -532,14 +533,14 @@ def test_a_row_without_sentences_thins_out_nothing(world):
 
 def test_the_sentences_of_z0_are_the_partners(world):
     args = flags(*FACTALIGN, "--dtype", "float32")
-    rows = step_of(world.tokenizer, CLAIMS, args)[0]
-    step = [[{**row, "other": {**row["other"], "sentences": [], "sentence_ids":
-                               [-1] * len(row["other"]["responses"][0][1])}} for row in rows]]
+    rows = step_of(world.tokenizer, CLAIMS, args)
+    step = [{**row, "other": {**row["other"], "sentences": [], "sentence_ids":
+                              [-1] * len(row["other"]["responses"][0][1])}} for row in rows]
     with torch.no_grad():
         responses = train.distinct(rows + train.others(rows))
         known = train.completion_logps(world.far, responses, args)
         _, metrics = train.step_loss(world.near, step, known, args)
-        _, whole = train.step_loss(world.near, [rows], known, args)
+        _, whole = train.step_loss(world.near, rows, known, args)
     assert metrics["sentence_kl"] == 0 < whole["sentence_kl"]
     assert metrics["kl"] == whole["kl"]
 
@@ -726,13 +727,13 @@ def test_a_merged_model_is_the_model_and_its_adapter(words, tiny_model, tuned, t
 # Two processes
 
 TWINS = [claim(name, [("It is.", True)], n == 0, n) for name in ("x", "y") for n in range(2)]
-TOGETHER = {  # rows, flags. A step of one group (dpo) or one row (sft) leaves a process without any
+TOGETHER = {  # rows, flags. A step of one row (sft) leaves a process without any
     "sft": (LANDS[:5], ["--loss", "sft", "--batch", 2]),
     "dpo": (ISLES, ["--loss", "dpo", "--batch", 2, "--microbatch", 2]),
     "kto": (LANDS, ["--loss", "kto", "--batch", 4, "--save-every", 2]),
     "factalign": (LANDS, [*FACTALIGN, "--batch", 4]),
     "lora": (ISLES, ["--ref", "base", "--batch", 4]),
-    "twins": (TWINS, ["--loss", "sft", "--batch", 4])}  # the same response in both shares
+    "twins": (TWINS, ["--loss", "sft", "--batch", 4])}  # the same response twice
 LONG = ["--loss", "factalign", "--batch", 4, "--epochs", 40, "--save-every", 5, "--full", "--dtype",
         "float32", "--lr", 1e-4]
 DRIVER = '''
@@ -855,23 +856,30 @@ def test_two_processes_are_one(name, processes, tiny_model, tmp_path):
     assert len(list(folder.glob("reference-*"))) == (TOGETHER[name][1][:2] != ["--loss", "sft"])
 
 
-def test_the_shares_are_not_alike(tiny_model, monkeypatch):
-    """What the cases above are: whole groups, shares of other sizes, in some steps of none."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+def test_each_response_goes_through_one_process(tiny_model, monkeypatch):
+    """What the cases above are: shares of other sizes, by one; in some steps one of none."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), load(tiny_model)
     monkeypatch.setattr(train, "RANKS", 2)
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda told: told)  # nobody else's
+    monkeypatch.setattr(train, "piece_logps", lambda model, piece: tuple(
+        torch.zeros(len(completion)) for _, completion in piece))
     for name in ("sft", "dpo", "kto", "factalign"):
         rows, words = TOGETHER[name]
-        args = flags(*words)
+        args, sizes = flags(*words), []
         rows = train.encode_rows(tokenizer, rows, args)
-        shares = train.plan(rows, args, args.batch, 2)
-        sizes = [tuple(map(len, step)) for step in shares]
-        assert any(a != b for a, b in sizes)
-        assert (min(b for _, b in sizes) == 0) == (name in ("sft", "dpo")), sizes
-        ids = [row["id"] for step in shares for share in step for row in share]
-        assert Counter(ids) == {row["id"]: 2 for row in rows}
-        if name == "dpo":  # a shared response goes through one process
-            for one, two in shares:
-                assert not {r["prompt_id"] for r in one} & {r["prompt_id"] for r in two}
+        steps = train.plan(rows, args, args.batch, 2)
+        assert Counter(row["id"] for step in steps for row in step) == {
+            row["id"]: 2 for row in rows}
+        for responses in [train.distinct(some) for step in steps
+                          for some in (step, train.others(step))]:
+            shares = []
+            for rank in range(2):
+                monkeypatch.setattr(train, "RANK", rank)
+                shares.append([*train.completion_logps(model, responses, args)])
+            assert sorted(sum(shares, [])) == sorted(responses)
+            sizes.append(tuple(map(len, shares)))
+        assert {a - b for a, b in sizes} == {0, 1}
+        assert ((1, 0) in sizes) == (name == "sft"), sizes
 
 
 def test_two_processes_print_once(processes):
