@@ -3,7 +3,7 @@ Stage 6. Score verified responses, compare models, question the checker, show wh
 
 Reads   03's rows {"id", "prompt_id", "topic", "response", "finish", "abstained", "sentences":
         [{"facts": [{"text", "label", "kind", "human"?}]}]}, labels S, NS, IR or null; FActScore's
-        human-labelled files go in as they are; shift reads 01's greedy rows, plot 05's log.jsonl
+        human-labelled files go in as they are; shift, winrate, qa read 01's rows, plot 05's log
 Writes  tables on stdout (compare also files), pictures; `score --json` prints one object:
   {"n_prompts": 104, "n_responses": 416, "n_topics": 26, "k": 5, "label": "label",
    "median_claims": 4.5, "metrics": {"f1_at_k": {"mean": 0.12, "lo": 0.10, "hi": 0.15}, ...},
@@ -11,21 +11,18 @@ Writes  tables on stdout (compare also files), pictures; `score --json` prints o
 
 Every metric is a mean over a prompt's responses, then over prompts; pooled figures are called so.
 Intervals are 95 % percentile bootstraps over topics: a topic's prompts are drawn together.
-  * Facts that 03 marks "repeats" count nowhere but in the share of repeated ones; facts with only
-    a `human` label are left as they are.
-  * No fact labelled S or NS: F1@K 0, no precision. No label at all, and abstained or empty: not
-    responded. "facts" is a mean over those that responded (FActScore's way), supported and
-    unsupported facts are means over all, so that silence lowers them.
-  * More than 20 % of its facts null: unjudged, out of every figure made of labels.
-  * compare holds any NAME but base, base-cool and base-greedy against base and the better of these
-    three, column by column; NAME-cool and NAME-greedy are rows without a verdict. To beat one it
-    must state at least as many supported facts, and gain even if what it has no value for is 0.
+  * No fact labelled S or NS: F1@K 0, no precision. No label, and abstained or empty: not responded;
+    "facts" is a mean over the others (FActScore's way), supported and unsupported facts over all,
+    so that silence lowers them. Over 20 % of its facts null: unjudged, out of all figures made of
+    labels. Facts that 03 marks "repeats" count as repeated only (by `human` labels alone: in full).
+  * compare holds any other NAME against base and the better of base, base-cool and base-greedy,
+    column by column; NAME-cool and NAME-greedy are rows without a verdict. To beat one it must
+    state at least as many supported facts, and gain even if what it has no value for is 0.
   * calibration: facts that have both a confidence and a verdict (03 twice over the same rows).
   * shift: the tuned model's first choices along its greedy responses, ranked by the base.
-  * winrate, two files: rows of 01 or 03 with the same id and prompt; a judge sees each pair in both
-    orders, the preference of tuned is the mean (AlpacaEval: 1 won, 1/2 tie, 0 lost). --out writes
-    AlpacaEval's annotations (output_1 base, output_2 tuned, preference 1 to 2). ties and
-    first_place_wins (a tie is half, 50 % is unbiased): of verdicts; orders_disagree: of pairs.
+  * winrate, two files: a judge sees rows of the same id and prompt in both orders; the mean is the
+    preference of tuned (1 won, 1/2 tie, 0 lost). --out: AlpacaEval's annotations. Of verdicts: ties
+    and first_place_wins (50 % is unbiased); of pairs: orders_disagree.
   * winrate, one file: MT-Bench's single rating, 1 to 10; a row's "reference" or "answer" is shown.
   * qa: rows with "label" 1 (a false premise) pass where the reply points it out, 0 where it answers
     and does not; "unknown" true where it says that nobody knows, false where an "answer" stands in
@@ -38,8 +35,7 @@ AlpacaEval asks once, in an order drawn by chance, and also has a rate that is c
 length; MT-Bench takes the first rating in a reply, here it must stand at its end.
 
   python 06_eval.py score --in runs/demo/base.jsonl
-  python 06_eval.py compare base=b.jsonl base-cool=bc.jsonl tuned=t.jsonl rft=r.jsonl --show 3
-  python 06_eval.py compare base=b.jsonl tuned=t.jsonl --report report.html --pictures runs/look
+  python 06_eval.py compare base=b.jsonl base-cool=bc.jsonl tuned=t.jsonl --report page.html
   python 06_eval.py agreement --in runs/label/verified.jsonl --by half,kind
   python 06_eval.py calibration --in runs/dev/both.jsonl --out reliability.png
   python 06_eval.py shift in=greedy.jsonl ood=ood.jsonl --model runs/a/tuned --out shift.png
@@ -59,15 +55,16 @@ from textwrap import shorten
 
 from common import (answer_of, as_messages, chat, chat_arguments, die, load_model, progress,
                     prompt_ids, read_jsonl, report, run, template, workers, write_whole)
+from data import pictures
 from rules import ascii_lower
 
 PROTOCOL = json.loads(Path(__file__).parent.joinpath("data", "protocol.json").read_text("utf-8"))
 LABELS = ("S", "NS", "IR", None)
 BASES = ("base", "base-cool", "base-greedy")
-SHIFT = ("unshifted", "marginal", "shifted")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
 WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
-PLAIN = ("supported", "unsupported", "facts", "words", "ratio", "rating")  # others: per cent
+PLAIN = ("supported", "unsupported", "facts", "words", "words_base", "words_tuned", "ratio",
+         "rating", "AUC")  # columns of plain numbers; the others are shares, in per cent
 TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "unjudged", "cut_by_length")
 PAIRED = ("base", "tuned", "difference", "ratio", "headroom")
 VERDICT = ("f1_at_k", "precision",
@@ -115,17 +112,15 @@ def parse_args():
     for command in (score, compare, calibration, shift, winrate, qa):
         command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = p.parse_args()
-    if min(getattr(args, "seed", 0), getattr(args, "show", 0)) < 0:
-        die("--seed and --show must be at least 0")
-    if "k" in args and (args.k or 0) < 1:
-        die(f"expected --k of at least 1, found {args.k}; `score --k 1` prints median_claims")
-    if min(getattr(args, "max_tokens", 1), getattr(args, "concurrency", 1)) < 1:
-        die("--max-tokens and --concurrency must be at least 1")
-    for flag in ("out", "out_md", "out_json", "report", "pictures"):  # before a judge is paid
-        path = Path(getattr(args, flag, None) or "-")
-        if path.exists() and path.is_dir() != (flag == "pictures") or any(
-                part.exists() and not part.is_dir() for part in path.parents):
-            die(f"expected another --{flag.replace('_', '-')}: {path} cannot be written")
+    for flag, least in {"seed": 0, "show": 0, "k": 1, "max-tokens": 1, "concurrency": 1}.items():
+        found = getattr(args, flag.replace("-", "_"), least)
+        if found < least:
+            die(f"expected --{flag} of at least {least}, found {found}")
+    for flag in ("out", "out-md", "out-json", "report", "pictures"):  # before a judge is paid
+        path = Path(getattr(args, flag.replace("-", "_"), None) or "-")
+        taken = path.is_file() if flag == "pictures" else path.is_dir()
+        if taken or any(part.is_file() for part in path.parents):
+            die(f"expected another --{flag}: {path} cannot be written")
     picture = args.command != "winrate" and getattr(args, "out", None)
     if picture and not picture.endswith((".png", ".svg")):
         die(f"expected a .png or .svg as --out, found {args.out}")
@@ -141,11 +136,11 @@ def read_facts(path):
         try:
             if "annotations" in row and "sentences" not in row:  # FActScore's; null: abstained
                 row["abstained"] = row["annotations"] is None
-                row["facts"] = [{"text": fact["text"], "human": fact["label"]}
-                                for sentence in row["annotations"] or []
-                                for fact in sentence["human-atomic-facts"] or []]
-            else:
-                row["facts"] = [fact for some in row["sentences"] for fact in some["facts"]]
+                row["sentences"] = [{"facts": [
+                    {"text": fact["text"], "human": fact["label"]}
+                    for sentence in row["annotations"] or []
+                    for fact in sentence["human-atomic-facts"] or []]}]
+            row["facts"] = [fact for some in row["sentences"] for fact in some["facts"]]
             bad = [fact for fact in row["facts"]
                    if {type(fact["text"]), type(fact.get("kind", ""))} != {str}
                    or not {fact.get("label"), fact.get("human")} <= set(LABELS)
@@ -284,18 +279,23 @@ def summarise(responses, k, seed=0):
             "metrics": metrics, "by_kind": by_kind}
 
 
-def cell(found, name=""):
-    """A mean and its interval, as tables show them."""
-    if not found or found["mean"] is None:
+def cell(value, column):
+    """What a table shows of a number, a text or a mean with its interval; "-" where none is."""
+    if isinstance(value, (str, int)):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if not value or value["mean"] is None:
         return "-"
-    scale, digits, unit = (1, 2, "") if name in PLAIN else (100, 1, " %")
-    mean, *ends = (f"{found[part] * scale:.{digits}f}" for part in ("mean", "lo", "hi")
-                   if found.get(part) is not None)
+    scale, digits, unit = (1, 2, "") if column in PLAIN else (100, 1, " %")
+    mean, *ends = (f"{value[part] * scale:.{digits}f}" for part in ("mean", "lo", "hi")
+                   if value.get(part) is not None)
     return mean + unit + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def table(header, body):
     """A markdown table whose source is aligned."""
+    body = [list(map(cell, line, header)) for line in body]
     widths = [max(map(len, items)) for items in zip(header, *body)]
     lines = [header, ["-" * width for width in widths], *body]
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines) + "\n"
@@ -308,7 +308,7 @@ def run_score(args):
     text += table(["metric", "mean [95 % interval]"], [
         [name, m.get("reason", cell(m, name))] for name, m in found["metrics"].items()])
     text += table(["kind", "share", "precision"], [
-        [kind, *map(cell, m.values())] for kind, m in found["by_kind"].items()])
+        [kind, *m.values()] for kind, m in found["by_kind"].items()])
     print(json.dumps(found, indent=1) if args.json else text)
     report(responses=len(responses), unjudged=sum(r["values"]["unjudged"] for r in responses),
            median_claims=found["median_claims"])
@@ -327,9 +327,10 @@ def named(texts):
 
 def best_of(responses):
     """Of each prompt the response with the highest F1@K, the first of equals."""
-    best, f1 = {}, [r["values"]["f1_at_k"] for r in responses]
-    for i in sorted(range(len(responses)), key=lambda i: 1 if f1[i] is None else -f1[i]):
-        best.setdefault(responses[i]["prompt"], responses[i])
+    judged = [r for r in responses if r["values"]["f1_at_k"] is not None]
+    best = {}
+    for response in sorted(judged, key=lambda r: -r["values"]["f1_at_k"]) + responses:
+        best.setdefault(response["prompt"], response)
     return list(best.values())
 
 
@@ -356,30 +357,25 @@ def paired(tuned, base, name, seed=0, resamples=2000):
     """Tuned against base in one column, on the prompts where both have a value. headroom: the part
     taken of best - base, best the mean over prompts of the best of the base's responses. beats: the
     gain is above 0 even where all that tuned has no value for, prompt or response, counts as 0."""
-    topic_of = {r["prompt"]: r["topic"] for r in base}
+    def mean(num, den=None):
+        return estimate({r["prompt"]: r["topic"] for r in base}, num, den, seed, resamples)
+
     t, b, best = by_prompt(tuned, name), by_prompt(base, name), by_prompt(base, name, max)
-    both = [prompt for prompt in b if prompt in t]
-    of_base, of_tuned = ({p: side[p] for p in both} for side in (b, t))
-    gain, room = ({p: side[p] - b[p] for p in both} for side in (t, best))
-    parts = {"base": (of_base, None), "tuned": (of_tuned, None), "difference": (gain, None),
-             "ratio": (of_tuned, of_base), "headroom": (gain, room)}
-    found = {part: estimate(topic_of, *sums, seed, resamples) for part, sums in parts.items()}
+    t = {prompt: t[prompt] for prompt in b if prompt in t}
+    gain = {prompt: t[prompt] - b[prompt] for prompt in t}
     zero = by_prompt([{**r, "values": {name: r["values"][name] or 0}} for r in tuned], name)
-    worst = estimate(topic_of, {p: zero.get(p, 0) - b[p] for p in b}, None, seed, resamples)
-    return {"prompts": len(both), **found, "beats": (worst["lo"] or 0) > 0}
+    worst = mean({prompt: zero.get(prompt, 0) - b[prompt] for prompt in b})
+    return {"prompts": len(t), "base": mean({prompt: b[prompt] for prompt in t}), "tuned": mean(t),
+            "difference": mean(gain), "ratio": mean(t, b),
+            "headroom": mean(gain, {prompt: best[prompt] - b[prompt] for prompt in b}),
+            "beats": (worst["lo"] or 0) > 0}
 
 
-def whole(rows):
-    """Those of the base's decodings that answer every prompt of base."""
-    return [base for base in BASES if base in rows
-            and rows[base]["n_prompts"] == rows["base"]["n_prompts"]]
-
-
-def verdicts(sets, rows, tuned, seed):
-    """Each tuned NAME against base sampled and the better of base's decodings, column by column.
-    fewer: it says fewer supported facts, a missing prompt none. Then it beats nothing."""
+def verdicts(sets, rows, tuned, bases, seed):
+    """Each tuned NAME against base sampled and the better of bases, column by column. fewer: it
+    says fewer supported facts, a missing prompt none. Then it beats nothing."""
     for column in (name for name in VERDICT if rows["base"]["metrics"][name]["mean"] is not None):
-        better = max(whole(rows), key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
+        better = max(bases, key=lambda base: rows[base]["metrics"][column]["mean"] or 0)
         for name in tuned:
             for against in dict.fromkeys(("base", better)):
                 row = paired(sets[name], sets[against], column, seed)
@@ -392,33 +388,34 @@ def verdicts(sets, rows, tuned, seed):
                        "is_better": against == better, **row}
 
 
-def tables(rows, found):
-    """Markdown of compare: rows {label: summary}, found the verdicts."""
+def tables(rows, found, bases):
+    """Markdown of compare: rows {label: summary}, found the verdicts against bases."""
     body, supported = [], {name: row["metrics"]["supported"]["mean"] for name, row in rows.items()}
     for name, row in rows.items():
         line = [cell(row["metrics"][column], column) for column in TABLE]
         if None not in (supported[name], supported["base"]) and supported[name] < supported["base"]:
             line[:2] = [text + " †" for text in line[:2]]
         line[4:] = [text.split(" [")[0] for text in line[4:]]  # intervals for the main columns only
-        body.append([name + " by human" * (row["label"] == "human"), str(row["n_prompts"]), *line])
+        body.append([name + " by human" * (row["label"] == "human"), row["n_prompts"], *line])
     text = table(["", "prompts", *TABLE], body) + "† fewer supported facts: no win\n\n"
     body, says = [], {True: "beats", False: "does not beat"}
     for row in found:
         verb = says[row["beats"]] if row["is_better"] else "against"
         body.append([f"{row['column']}: {row['name']} {verb} {row['against']}{' †' * row['fewer']}",
-                     str(row["prompts"]), *(cell(row[part], part) for part in PAIRED)])
+                     row["prompts"], *(row[part] for part in PAIRED)])
     if found:
         text += table(["verdict: against base's better decoding", "prompts", *PAIRED], body)
-        if len(whole(rows)) < len(BASES):
+        if len(bases) < len(BASES):
             text += "without base-cool and base-greedy mere sharpening is not ruled out\n"
     return text
 
 
 def spread(sets, n):
     """n prompts, evenly spread over those that all sets have."""
-    asked, *others = (by_prompt(responses, "words") for responses in sets.values())
+    asked, *others = ({r["prompt"]: None for r in responses} for responses in sets.values())
     shared = [prompt for prompt in asked if all(prompt in other for other in others)]
-    return list(dict.fromkeys(shared[i * len(shared) // n] for i in range(n if shared else 0)))
+    n = min(n, len(shared))
+    return [shared[i * len(shared) // n] for i in range(n)]
 
 
 def side_by_side(sets, n):
@@ -439,25 +436,26 @@ def side_by_side(sets, n):
 
 def draw(folder, sets, rows, tuned, k):
     """The pictures of compare."""
-    from data import pictures
-    points = {name: row["metrics"] for name, row in rows.items()}
-    pictures.save(pictures.plane(points, k), f"{folder}/plane.png")
     f1 = {name: by_prompt(sets[name], "f1_at_k") for name in ("base", *tuned)}
     pairs = {name: [(f1["base"][prompt], f1[name][prompt]) for prompt in f1["base"]
                     if prompt in f1[name]] for name in tuned}
-    if tuned:
-        pictures.save(pictures.before_after(pairs, k), f"{folder}/prompts.png")
     counts = {name: [(r["values"]["supported"], r["values"]["unsupported"]) for r in sets[name]
                      if not r["values"]["unjudged"]] for name in f1}
+    plane = pictures.plane({name: row["metrics"] for name, row in rows.items()}, k)
+    pictures.save(plane, f"{folder}/plane.png")
     pictures.save(pictures.facts_per_response(counts), f"{folder}/facts.png")
+    if tuned:
+        pictures.save(pictures.before_after(pairs, k), f"{folder}/prompts.png")
 
 
 def run_compare(args):
     sets, tuned = read_sets(args)
     rows = {name: summarise(responses, args.k, args.seed) for name, responses in sets.items()}
-    found = list(verdicts(sets, rows, tuned, args.seed))
+    prompts = {name: row["n_prompts"] for name, row in rows.items()}
+    bases = [base for base in BASES if prompts.get(base) == prompts["base"]]  # with all its prompts
+    found = list(verdicts(sets, rows, tuned, bases, args.seed))
     text = f"K = {args.k}; mean [95 % interval over topics], differences in points\n\n"
-    text += tables(rows, found)
+    text += tables(rows, found, bases)
     text += "".join(side_by_side({name: sets[name] for name in ("base", *tuned)}, args.show))
     print(text, end="")
     numbers = json.dumps({"k": args.k, "rows": rows, "verdict": found}, indent=1) + "\n"
@@ -465,12 +463,11 @@ def run_compare(args):
         if path:
             write_whole(path, written)
     if args.report:
-        from data import pictures
-        prompts = spread(sets, args.show or 25)
-        write_whole(args.report, pictures.page(sets, rows, found, prompts))
+        shown = spread(sets, args.show or 25)
+        write_whole(args.report, pictures.page(sets, rows, found, shown))
     if args.pictures:
         draw(args.pictures, sets, rows, tuned, args.k)
-    report(files=len(args.files), prompts=rows["base"]["n_prompts"], k=args.k)
+    report(files=len(args.files), prompts=prompts["base"], k=args.k)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -492,18 +489,17 @@ def agree(facts):
 def run_agreement(args):
     both = [{**row, **fact} for row in read_facts(args.inp) for fact in row["facts"]
             if "label" in fact and fact.get("human")]
-    fields = [field for field in args.by.split(",") if field]
+    fields = dict.fromkeys(filter(None, args.by.split(",")))
     for field in ("human", *fields):
         if not any(field in fact for fact in both):
             die(f"{args.inp}: expected facts with 03's label, and {field!r}, found none")
-    found = {"all": agree(both)}
+    groups = {"all": both}
     for field in fields:
-        for value in dict.fromkeys(str(fact.get(field)) for fact in both):
-            found[f"{field} {value}"] = agree([f for f in both if str(f.get(field)) == value])
+        for fact in both:
+            groups.setdefault(f"{field} {fact.get(field)}", []).append(fact)
+    found = {name: agree(facts) for name, facts in groups.items()}
     text = "S against not-S; tp: both say S, fp: only the verifier, fn: only the human\n\n"
-    text += table(["", *found["all"]], [[name, *(
-        "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-        for value in row.values())] for name, row in found.items()])
+    text += table(["", *found["all"]], [[name, *of.values()] for name, of in found.items()])
     print(json.dumps(found, indent=1) if args.json else text)
     report(facts=len(both), groups=len(found))
 
@@ -512,29 +508,27 @@ def calibrate(facts, seed=0, resamples=2000):
     """Does confidence foretell the verdict? Of [(topic, confidence in 0..1, supported)]: "auc", how
     often a supported fact is the more confident of two, ties half; "bins", tenths of confidence."""
     import numpy as np
-    topics, conf, true = zip(*facts)
-    (names, topic), (levels, at) = (np.unique(x, return_inverse=True) for x in (topics, conf))
-    true = np.array(true)
+    topics, conf, true = map(np.array, zip(*facts))
 
-    def auc(times):  # each fact taken times[i] times
-        s, ns = (np.bincount(at, times * of, len(levels)) for of in (true, ~true))
-        wins = s * (np.cumsum(ns) - ns / 2)  # over the less confident, and half of the equal ones
-        return wins.sum() / (s.sum() * ns.sum()) if s.any() and ns.any() else math.nan
+    def auc(at):  # of the facts with these numbers
+        s, ns = conf[at][true[at]], np.sort(conf[at][~true[at]])
+        wins = np.searchsorted(ns, s, "left") + np.searchsorted(ns, s, "right")  # each pair twice
+        return ratio(float(wins.sum()), 2 * len(s) * len(ns))
 
-    area = {"mean": auc(np.ones(len(facts))), "lo": None, "hi": None}
-    picks = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
-    draws = [auc(np.bincount(pick, minlength=len(names))[topic]) for pick in picks]
-    if len(names) > 1 and not np.isnan(draws).any():
+    places = [np.flatnonzero(topics == topic) for topic in np.unique(topics)]
+    area = {"mean": auc(np.arange(len(facts))), "lo": None, "hi": None}
+    picks = np.random.default_rng(seed).integers(len(places), size=(resamples, len(places)))
+    draws = [auc(np.concatenate([places[i] for i in pick])) for pick in picks]
+    if len(places) > 1 and None not in draws:
         area["lo"], area["hi"] = np.quantile(draws, (0.025, 0.975)).tolist()
     bins = []
     for tenth in range(10):
         own = [fact for fact in facts if min(int(fact[1] * 10), 9) == tenth]
-        s, n = Counter(fact[0] for fact in own if fact[2]), Counter(fact[0] for fact in own)
         if own:
-            bins.append({"from": tenth / 10, "facts": len(own),
-                         "confidence": fmean(fact[1] for fact in own),
-                         "precision": estimate({t: t for t in n}, {t: s[t] for t in n}, n, seed)})
-    return {"auc": area | ({"mean": None} if math.isnan(area["mean"]) else {}), "bins": bins}
+            topic_of, level, good = (dict(enumerate(column)) for column in zip(*own))
+            bins.append({"from": tenth / 10, "facts": len(own), "confidence": fmean(level.values()),
+                         "precision": estimate(topic_of, good, seed=seed)})
+    return {"auc": area, "bins": bins}
 
 
 def scaled(conf):
@@ -557,20 +551,22 @@ def run_calibration(args):
     found = {name: calibrate([(topic, conf[name], true) for topic, conf, true in both], args.seed)
              for name in both[0][1]}
     text = f"{len(both)} facts with a verdict and a confidence\n\n"
-    text += table(["", "AUC"], [[name, cell(of["auc"], "ratio")] for name, of in found.items()])
+    text += table(["", "AUC"], [[name, of["auc"]] for name, of in found.items()])
     text += table(["confidence", "from", "facts", "mean", "precision"], [
-        [name, f"{b['from']:.1f}", str(b["facts"]), f"{b['confidence']:.2f}", cell(b["precision"])]
+        [name, f"{b['from']:.1f}", b["facts"], b["confidence"], b["precision"]]
         for name, of in found.items() for b in of["bins"]])
     print(json.dumps(found, indent=1) if args.json else text)
     if args.out:
-        from data import pictures
         bins = {name: of["bins"] for name, of in found.items()}
         pictures.save(pictures.reliability(bins), args.out)
     report(facts=len(both), left_out=sum(len(row["facts"]) for row in rows) - len(both))
 
 
 # ---------------------------------------------------------------------------------------------
-# shift: where a tuned model leaves the base
+# shift: where a tuned model leaves the base; plot: how training went
+
+SHIFT = ("unshifted", "marginal", "shifted")
+
 
 def ranks(models, tokenizer, row, device):
     """(ranks, own) along a greedy response, both (its tokens,): the rank of the tuned model's first
@@ -609,47 +605,37 @@ def run_shift(args):
     def wrong(row):
         greedy = isinstance(row.get("gen"), dict) and row["gen"].get("temperature") == 0
         return None if greedy else "a greedy response (--temperature 0)"
-    fields = {"prompt": (str, list), "response": str, "finish": str}
-    sets = {name: read_jsonl(path, fields, "01_generate.py", parts=wrong)
-            for name, path in named(args.files).items()}
-    for name, rows in sets.items():
+    fields, sets, found = {"prompt": (str, list), "response": str, "finish": str}, {}, {}
+    for name, path in named(args.files).items():
+        rows = read_jsonl(path, fields, "01_generate.py", parts=wrong)
         sets[name] = [row for row in rows if row["response"] or row["finish"] == "stop"]
         if not sets[name]:
             die(f"{name}: expected responses with something in them, found none")
     tuned, tokenizer, device = load_model(args.model, device=args.device)
     base = tuned if args.base == args.model else load_model(args.base, device=args.device)[0]
-    results, tokens = {}, 0
     for name, rows in sets.items():
-        found, own = zip(*(ranks((tuned, base), tokenizer, row, device) for row in progress(rows)))
-        same = fmean(token for of_row in own for token in of_row)
+        both = [ranks((tuned, base), tokenizer, row, device) for row in progress(rows)]
+        same = fmean(token for _, own in both for token in own)
         if same < 0.9:
             die(f"{name}: expected greedy responses of {args.model}, found that only {same:.0%} of "
                 "their tokens are its first choice")
-        results[name] = shift_of(rows, found, args.seed)
-        tokens += sum(map(len, found))
+        found[name] = shift_of(rows, [of_row for of_row, _ in both], args.seed)
+    positions = {name: of["by_position"] for name, of in found.items()}
     text = f"{args.model} against {args.base}: rank of its choice 1, 2 to 3, more\n\n"
-    text += table(["", *SHIFT], [[name, *(cell(of[part]) for part in SHIFT)]
-                                 for name, of in results.items()])
+    text += table(["", *SHIFT], [[name, *map(of.get, SHIFT)] for name, of in found.items()])
     text += table(["position", "", "tokens", *SHIFT], [
-        [f"{b['from']} to {b['to']}" if b["to"] > 1 else "1", name, str(b["tokens"]),
-         *(cell({"mean": b[part]}) for part in SHIFT)]
-        for name, of in results.items() for b in of["by_position"]])
-    print(json.dumps(results, indent=1) if args.json else text)
+        [f"{b['from']} to {b['to']}" if b["to"] > 1 else "1", name, b["tokens"],
+         *({"mean": b[part]} for part in SHIFT)] for name, bs in positions.items() for b in bs])
+    print(json.dumps(found, indent=1) if args.json else text)
     if args.out:
-        from data import pictures
-        pictures.save(pictures.shift_by_position(
-            {name: of["by_position"] for name, of in results.items()}), args.out)
-    report(files=len(sets), tokens=tokens)
+        pictures.save(pictures.shift_by_position(positions), args.out)
+    report(files=len(sets), tokens=sum(b["tokens"] for bs in positions.values() for b in bs))
 
-
-# ---------------------------------------------------------------------------------------------
-# plot
 
 def run_plot(args):
     def wrong(row):
         fine = all(type(v) in (int, float) and abs(v) < 1e99 for k, v in row.items() if k != "id")
         return None if fine and {"loss", "eval_loss"} & set(row) else "finite numbers, also a loss"
-    from data import pictures
     logs = {name: read_jsonl(path, {"step": int}, "05_train.py", parts=wrong)
             for name, path in named(args.files).items()}
     pictures.save(pictures.curves(logs), args.out)
@@ -673,13 +659,16 @@ UNSURE = re.compile(r"(?i)\bun(?:known|certain|knowable|predictable)|\b(?:imposs
 
 
 def read_replies(path, parts=lambda row: None):
-    """01's rows or later ones. "shown": what a judge sees of each, all turns and the response."""
+    """01's rows or later ones. Adds "shown", what a judge sees: all turns and the response; and
+    "said", the response with plain apostrophes."""
     def wrong(row):
         try:
             turns = as_messages(row["prompt"])
             asked = "\n\n".join(turn["role"].title() + ": " + turn["content"] for turn in turns)
+            said = spoken(row["response"])
+            row["said"] = said.replace("\u2019", "'")
             row["shown"] = {"prompt": asked if turns[1:] else turns[0]["content"],
-                            "response": spoken(row["response"]) or "(empty)"}
+                            "response": said or "(empty)"}
             return parts(row)
         except (TypeError, KeyError, AttributeError, IndexError, re.error):
             return ("'prompt' as text or as messages of 'role' and 'content', 'check' as a regex, "
@@ -724,10 +713,8 @@ def judged(args, questions, parse, stand_in):
 def tell(args, found, spent, **counts):
     """Print the figures {group: {"n", column: mean}}, but not of a dry run. Returns the status."""
     by = args.model or "phrases"
-    columns = list(next(iter(found.values())))
-    text = table([f"by {by}", *columns], [
-        [group, str(m["n"]), *(cell(m[name], name.partition("_")[0]) for name in columns[1:])]
-        for group, m in found.items()])
+    text = table([f"by {by}", *next(iter(found.values()))],
+                 [[group, *m.values()] for group, m in found.items()])
     if not args.dry_run:
         print(json.dumps({"by": by, **counts, "rows": found}, indent=1) if args.json else text)
     report(**counts, **spent)
@@ -738,9 +725,7 @@ def run_winrate(args):
     sets = {name: read_replies(path) for name, path in named(args.files).items()}
     if len(sets) > 2 or args.out and len(sets) < 2:
         die(f"expected two files, or one and no --out, found {' '.join(args.files)}")
-    if len(sets) == 1:
-        return single(args, *sets, *sets.values())
-    return pairwise(args, *sets, *sets.values())  # the first is the base
+    return (pairwise if len(sets) == 2 else single)(args, *sets, *sets.values())
 
 
 def pairwise(args, base, tuned, first, second):
@@ -759,7 +744,7 @@ def pairwise(args, base, tuned, first, second):
         if None not in both:  # both[0]: 1 where base, shown first, won; both[1]: where tuned did
             win = (1 - both[0] + both[1]) / 2
             values = [win, both.count(0.5) / 2, both in ([0, 0], [1, 1]), fmean(both),
-                      *(len(spoken(row["response"]).split()) for row in (a, b))]
+                      len(a["said"].split()), len(b["said"].split())]
             cases.append(case(a, dict(zip(PREFERRED, values))))
             rows.append({"instruction": a["shown"]["prompt"], "output_1": a["response"],
                          "generator_1": base, "output_2": b["response"], "generator_2": tuned,
@@ -796,44 +781,41 @@ def plain(text):
 
 
 def wrong_qa(row):
-    """What was expected of a question; None where it is of FalseQA's or KUQ's form."""
-    right = row.get("answer") or []
-    row["answers"] = [] if row.get("unknown") else right if isinstance(right, list) else [right]
-    re.compile(row.get("check") or "")
-    known = row.get("unknown") is False and row["answers"] and all(
-        plain(text).strip() for text in row["answers"])
-    row["sort"] = "premise" if row.get("label") in (0, 1) else "unsure"
-    if not (row["sort"] == "premise" or row.get("unknown") is True or known):
-        return "'label' 1 (a false premise) or 0, or 'unknown' true, or false with its 'answer'"
-
-
-def qa_values(row, text, yes):
-    """hard and easy: did it pass, None where the question is of the other sort; precision: is what
-    is said to be false or unknown so. yes: the reply points out a false premise, or says that
-    nobody knows."""
-    if row["sort"] == "premise":
-        hard, begins = row["label"] == 1, re.split(r"[.!?\n]", text)[0]
-        answers = not (yes or text == "" or row.get("abstained") or UNSURE.search(begins))
+    """What was expected of a question of FalseQA's or KUQ's form; None where it is one. Adds of
+    the question "hard", false or unknown, of the reply "answers" and, by phrases, "yes": it points
+    out a false premise, or says that nobody knows."""
+    said = row["said"]
+    if row.get("label") in (0, 1):
+        rebuts = REBUTS.search(said) or re.search(row.get("check") or "(?!)", said, re.IGNORECASE)
+        begins = re.split(r"[.!?\n]", said)[0]
+        answers = said != "" and not row.get("abstained") and not UNSURE.search(begins)
+        row |= {"sort": "premise", "hard": row["label"] == 1, "yes": bool(rebuts)}
     else:
-        hard, answers = row["unknown"], any(plain(a) in plain(text) for a in row["answers"])
-    return {"hard": yes if hard else None, "easy": None if hard else answers,
-            "precision": hard if yes else None}
+        right = row.get("unknown") is False and row.get("answer") or []
+        right = [plain(text) for text in (right if isinstance(right, list) else [right])]
+        known = right and all(map(str.strip, right))
+        if row.get("unknown") is not True and not known:
+            return "'label' 1 (a false premise) or 0, or 'unknown' true, or false with its 'answer'"
+        answers = any(text in plain(said) for text in right)
+        row |= {"sort": "unsure", "hard": row["unknown"], "yes": bool(UNSURE.search(said))}
+    row["answers"] = answers
 
 
 def run_qa(args):
     rows = [(f"{name}: {row['sort']}", row)
             for name, path in named(args.files).items() for row in read_replies(path, wrong_qa)]
-    texts, spent = [spoken(row["response"]).replace("\u2019", "'") for _, row in rows], {}
-    told = [bool(UNSURE.search(text) if row["sort"] == "unsure" else REBUTS.search(text) or
-                 re.search(row.get("check") or "(?!)", text, re.IGNORECASE))
-            for (_, row), text in zip(rows, texts)]
+    told, spent = [row["yes"] for _, row in rows], {}
     if args.model or args.base_url:
         told, spent = judged(args, [(row["sort"], row["shown"]) for _, row in rows],
                              lambda reply: chosen(reply, YES), "[[no]]")
-    found = {}
-    for group in dict.fromkeys(group for group, _ in rows):
-        cases = [case(row, qa_values(row, text, yes)) for (name, row), text, yes
-                 in zip(rows, texts, told) if name == group and yes is not None]
+    groups, found = {group: [] for group, _ in rows}, {}
+    for (group, row), yes in zip(rows, told):
+        if yes is not None:
+            easy = row["answers"] and not (yes and row["sort"] == "premise")
+            groups[group].append(case(row, {
+                "hard": yes if row["hard"] else None, "easy": None if row["hard"] else easy,
+                "precision": row["hard"] if yes else None}))
+    for group, cases in groups.items():
         m = means(cases, ("hard", "easy", "precision"), args.seed)
         hard, easy, precision = (mean["mean"] for mean in m.values())
         half = None if None in (hard, easy) else (hard + easy) / 2  # who does only one of them

@@ -190,7 +190,7 @@ def page(sets, rows, found, asked):
                     [fact["text"], fact[label], fact.get("kind"),
                      [place(e) for e in fact.get("evidence") or []], bool(fact.get("repeats"))]
                     for fact in part["facts"]]]
-                    for part in row.get("sentences", [row])]}
+                    for part in row["sentences"]]}
 
     for name in asked:
         sides = [[r for r in responses if r["prompt"] == name] for responses in sets.values()]

@@ -217,15 +217,13 @@ def test_median_claims_is_where_k_comes_from(tmp_path):
         assert done.returncode == 0 and "median_claims:    2.5\n" in done.stderr
 
 
-def test_k_comes_from_the_protocol_or_the_flag(tmp_path, monkeypatch, capsys):
+def test_k_comes_from_the_protocol_or_the_flag(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "v.jsonl", [row("chad-all", 0, "S")])
     monkeypatch.setattr("sys.argv", ["06_eval.py", "score", "--in", str(path)])
     monkeypatch.setitem(ev.PROTOCOL, "k", 7)
     assert ev.parse_args().k == 7
-    monkeypatch.setitem(ev.PROTOCOL, "k", None)
-    with pytest.raises(SystemExit) as stop:
-        ev.parse_args()
-    assert stop.value.code == 2 and "median_claims" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["06_eval.py", "score", "--in", str(path), "--k", "3"])
+    assert ev.parse_args().k == 3
 
 
 # Intervals
@@ -679,7 +677,9 @@ def test_bad_flags_and_files(tmp_path):
     for command, says in [
             (["score", "--in", tmp_path / "none.jsonl", "--k", 4], "no such file"),
             (["score", "--in", samples, "--k", 4], "03_verify.py"),
-            (["score", "--in", path, "--k", 0], "at least 1"),
+            (["score", "--in", path, "--k", 0], "--k of at least 1, found 0"),
+            (["score", "--in", path, "--seed", -1], "--seed of at least 0, found -1"),
+            (["compare", f"base={path}", "--show", -1], "--show of at least 0, found -1"),
             (["compare", path, "--k", 4], "NAME=FILE"),
             (["compare", f"tuned={path}", "--k", 4], "base"),
             (["compare", f"base={path}", f"base={path}", "--k", 4], "once"),

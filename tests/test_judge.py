@@ -225,7 +225,8 @@ def test_the_export_is_alpacaevals(judge, tmp_path):
     ({"a": [row(0, 0, "x")]}, ("--out", "a.json"), "no --out"),
     ({"a": [row(0, 0, "x", prompt=[])]}, (), "a.jsonl:1: expected 'prompt'"),
     ({"a": [row(0, 0, "x"), row(1, 0, "x", prompt=[{"role": "user"}])]}, (), "a.jsonl:2: expected"),
-    ({"a": [row(0, 0, "x")]}, ("--concurrency", 0), "at least 1"),
+    ({"a": [row(0, 0, "x")]}, ("--concurrency", 0), "--concurrency of at least 1, found 0"),
+    ({"a": [row(0, 0, "x")]}, ("--max-tokens", 0), "--max-tokens of at least 1, found 0"),
     ({"a": [row(0, 0, "x")]}, ("--model", ""), "expected --model")])
 def test_bad_input_is_one_line(judge, sets, flags, says):
     with serve() as server:
