@@ -757,22 +757,17 @@ def pairwise(args, base, tuned, first, second):
 
 
 def single(args, name, rows):
-    """MT-Bench's rating of one response: of all, by turn, by category."""
-    questions, groups = [], {}
+    """MT-Bench's rating of each response alone."""
+    questions = []
     for row in rows:
         right = row.get("reference") or row.get("answer") or []
         right = "\n".join(map(str, right if isinstance(right, list) else [right]))
         right = right and f"\nAn answer that is known to be right:\n{right}\n"
         questions.append(("grade", {**row["shown"], "reference": right}))
     marks, spent = judged(args, questions, mark, "[[5]]")
-    for row, rating in zip(rows, marks):
-        turns = isinstance(row["prompt"], list) and sum(t["role"] == "user" for t in row["prompt"])
-        category = "category" in row and f"category {row['category']}"
-        for group in filter(None, (name, turns and f"turn {turns}", category)):
-            groups.setdefault(group, []).append(case(row, {"rating": rating}))
-    found = {group: {"n": sum(c["values"]["rating"] is not None for c in cases),
-                     **means(cases, ["rating"], args.seed)} for group, cases in groups.items()}
-    return tell(args, found, spent, missing=marks.count(None))
+    cases = [case(row, {"rating": rating}) for row, rating in zip(rows, marks)]
+    found = {"n": len(rows) - marks.count(None), **means(cases, ["rating"], args.seed)}
+    return tell(args, {name: found}, spent, missing=marks.count(None))
 
 
 def plain(text):

@@ -249,23 +249,20 @@ def test_a_rating_as_mt_bench_writes_it(said, value):
     assert evaluator.mark(reply(said, "length")) is None
 
 
-def test_ratings_by_category_and_turn(judge):
+def test_ratings_of_conversations_and_by_what_is_known_to_be_right(judge):
     """A judge that rates by the number of words: 11 is no rating, and not a small one."""
     def turns(n):
         return [{"role": role, "content": f"Say {i}."} for i in range(n)
                 for role in ("user", "assistant")][:-1]
-    rows = [row(0, 0, words(2), prompt=turns(1), category="maths", reference=["It is 4.", "5."]),
-            row(0, 1, words(4), prompt=turns(1), category="maths"),
-            row(1, 0, words(7), prompt=turns(2), category="roleplay"),
-            row(2, 0, words(11), prompt=turns(2), category="maths", answer="It is {6}."),
-            row(3, 0, words(9))]
+    rows = [row(0, 0, words(2), prompt=turns(1), reference=["It is 4.", "5."]),
+            row(0, 1, words(4), prompt=turns(1)), row(1, 0, words(7), prompt=turns(2)),
+            row(2, 0, words(11), prompt=turns(2), answer="It is {6}."), row(3, 0, words(9))]
     with serve() as server:
         got = judge("winrate", {"tuned": rows}, *by(server, "longer"))
         seen = [r["messages"][0]["content"] for r in server.seen()]
     assert (got.status, got.found["missing"]) == (1, 1)
     assert {group: (m["n"], m["rating"]["mean"]) for group, m in got.found["rows"].items()} == {
-        "tuned": (4, pytest.approx((3 + 7 + 9) / 3)), "turn 1": (2, 3), "turn 2": (1, 7),
-        "category maths": (2, 3), "category roleplay": (1, 7)}
+        "tuned": (4, pytest.approx((3 + 7 + 9) / 3))}
     form = r"known to be right:\n((?:.+\n)+)\nAnswer to rate:\n(.*)\n"
     shown = [re.findall(form, text) for text in seen]
     assert sorted(filter(None, shown)) == sorted(
