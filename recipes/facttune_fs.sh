@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FactTune-FS (Tian et al. 2023, arXiv 2311.08401): rank a model's own samples by how far a reference work
-# supports them, then DPO. In the embedded world, 2 CPU cores: 60 to 75 minutes; F1@5 11.4 -> 25.9 %, precision
-# 11.7 -> 25.7 % (RESULTS.md). SMALL=1: 3 minutes, which prove nothing.
+# supports them, then DPO. In the embedded world, 2 CPU cores: 60 to 75 minutes; F1@5 10.9 -> 24.1 %, precision
+# 11.4 -> 24.4 % (RESULTS.md). SMALL=1: 3 minutes, which prove nothing.
 # Other models, prompts, judges, corpora, flags: recipes/variables.sh. Stopped anywhere, the same command goes on.
 set -e
 . recipes/variables.sh
