@@ -20,7 +20,7 @@ Reads   verified.jsonl   03's rows: {"id", "prompt_id", "topic", "prompt", "resp
                          FactAlign's later rounds: the files of all rounds, one after the other
 Writes  prefs.jsonl      whole; TRL's trainers for DPO, KTO and SFT read it unchanged. A pair:
   {"id": "fiji-geo/3>fiji-geo/0", "prompt_id": "fiji-geo", "topic": "Fiji", "kind": "fact",
-   "prompt": [{"role": "user", "content": "In three sentences, ..."}],
+   "prompt": [{"role": "user", "content": "In three ..."}], "from": ["fiji-geo/3", "fiji-geo/0"],
    "chosen": [{"role": "assistant", "content": "Fiji is an island ..."}],
    "rejected": [{"role": "assistant", "content": "Fiji is a landlocked ..."}],
    "score_chosen": 0.5, "score_rejected": 0.0, "finish": {"chosen": "stop", "rejected": "length"}}
@@ -35,17 +35,15 @@ What makes no row is counted by its reason. A response: abstains, has more than 
 none that is S or NS (sft does not ask), has no whole sentence, has one 10-gram more than 5 times
 (FactAlign's code), or repeats another response to its prompt. A prompt: has too few usable ones
 ("few": sft needs one, the others two), or they all score alike ("tied"). factalign labels bad what
-states no fact or repeats itself, as its code does, or abstains. What 03 marks
-"repeats" counts nowhere.
+abstains, states no fact or repeats itself. What 03 marks "repeats" counts nowhere.
 
-Not as in the papers: FactTune's code pairs any two. FactAlign's code counts irrelevant facts as
-false; here they leave F1@K alone. Where the sides of APEFT's atomic pairs come from we found
-nowhere: ours are the model's own answers (--keep unknown, known: or a fact's own words).
+Not as in the papers: FactAlign's code counts irrelevant facts as false; here they leave F1@K alone.
+Where the sides of APEFT's atomic pairs come from we found nowhere: ours are the model's own answers
+(--keep unknown, known: or a fact's own words).
 
   python 04_build_prefs.py facttune --in runs/demo/verified.jsonl --out runs/demo/prefs.jsonl \\
       --eval-out runs/demo/prefs_heldout.jsonl --eval-prompts data/prompts_eval.jsonl
-  python 04_build_prefs.py factalign --in runs/demo/verified.jsonl --out runs/demo/kto.jsonl \\
-      --balance
+  python 04_build_prefs.py factalign --in runs/dev/verified.jsonl --out runs/dev/kto.jsonl --balance
 """
 import argparse
 import gc
@@ -66,6 +64,7 @@ MAX_NULL = 0.2   # above this share of unjudged facts a response has no score
 MAX_REPEATS = 5  # FactAlign's notebook: one 10-gram more often than this, and the label is false
 MAX_GAP = 0.5    # FLAME, section 4.3: between the ratings of a factual pair
 LONGER = 1.2     # summed log-probs learn length when one side is much longer
+NUMBER = (int, float, type(None))
 
 
 def parse_args():
@@ -81,8 +80,8 @@ def parse_args():
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--overwrite", action="store_true", help="replace an OUT made with other flags")
     k, scored, paired = (argparse.ArgumentParser(add_help=False) for _ in range(3))
-    k.add_argument("--k", type=int, default=PROTOCOL["k"], help="K of F1@K (default: data/"
-                   "protocol.json's; FactAlign's own: 100)")
+    k.add_argument("--k", type=int, default=PROTOCOL["k"],
+                   help="K of F1@K (default: data/protocol.json's; FactAlign's own: 100)")
     scored.add_argument("--reward", default="precision", choices=["precision", "f1", *CONFIDENCE],
                         help="FactTune-FS: precision; F1@K; FactTune-MC: a confidence")
     add = paired.add_argument
@@ -104,8 +103,7 @@ def parse_args():
     add = rules.add_parser("factalign", parents=[shared, k], help="labelled responses").add_argument
     add("--t", type=float, default=0.75, help="a response is good above (paper: 0.75)")
     add("--t-s", type=float, default=1.0, help="a sentence is good from here on (paper: 1.0)")
-    add("--balance", action="store_true", help="choose t so that half the responses are good "
-        "(FactAlign's notebook)")
+    add("--balance", action="store_true", help="choose t: half the responses are good (its code)")
     add("--precision-share", type=float, default=0.0, metavar="P", help="label this share of the "
         "prompts by precision and the others by recall@K (Figure 3)")
     add("--general", metavar="FILE", help="rows of other abilities: 03's ratings, or "
@@ -136,7 +134,7 @@ def topic_of(row):
 
 def question_of(row):
     """What joins a fact and the answers to it: 02's question, or its prefix to go on from."""
-    return row.get("question") or row.get("prefix")
+    return str(row.get("question") or row.get("prefix"))
 
 
 def facts_of(row):
@@ -146,13 +144,12 @@ def facts_of(row):
 def training_text(row):
     """(text, finish): the response up to its last whole sentence, and whether a turn ends there.
     02 lists the unfinished last sentence of a cut response, too: it reaches the end, and goes."""
-    spans = [(s["start"], s["end"]) for s in row["sentences"]]
-    whole = len(row["response"].rstrip())
-    if row["finish"] == "length" and spans and spans[-1][1] >= whole:
-        spans = spans[:-1]
-    if not spans:
+    sentences, whole = row["sentences"], len(row["response"].rstrip())
+    if row["finish"] == "length" and sentences and sentences[-1]["end"] >= whole:
+        sentences = sentences[:-1]
+    if not sentences:
         return "", "length"
-    start, end = spans[0][0], spans[-1][1]
+    start, end = sentences[0]["start"], sentences[-1]["end"]
     ended = row["finish"] == "stop" and end >= whole
     return row["response"][start:end], "stop" if ended else "length"
 
@@ -169,21 +166,20 @@ def verdicts(row, reward):
         return [row["rating"]]
     facts = [fact for fact in facts_of(row) if not fact.get("repeats")]
     if reward in CONFIDENCE:  # facts that ask nothing have none
-        return [f["conf"] and f["conf"][reward] for f in facts if "conf" in f]
+        return [fact["conf"] and fact["conf"][reward] for fact in facts if "conf" in fact]
     return [fact["label"] for fact in facts]
 
 
-def score(found, reward, k=None):
+def score(found, reward, k=1):
     """precision = S/(S+NS), recall = min(S/K, 1), f1 = F1@K, their harmonic mean (SAFE); the mean
     of confidences or of the rating. None where nothing was judged."""
     if reward in (*CONFIDENCE, "rating"):
         known = [value for value in found if value is not None]
         return fmean(known) if known else None
     s, judged = found.count("S"), found.count("S") + found.count("NS")
-    if not judged or reward == "recall":
-        return min(s / k, 1.0) if judged else None
-    # one quotient: equal scores are equal floats
-    return s / judged if reward == "precision" else 2 * s / (judged + max(k, s))
+    # each is one quotient: equal scores are equal floats
+    return {"precision": s / judged, "recall": min(s / k, 1.0),
+            "f1": 2 * s / (judged + max(k, s))}[reward] if judged else None
 
 
 def target(row, text, finish, kind="fact", **more):
@@ -193,7 +189,7 @@ def target(row, text, finish, kind="fact", **more):
             "completion": [{"role": "assistant", "content": text}], "finish": finish, **more}
 
 
-def candidates(rows, reward=None, k=None, bad_too=False):
+def candidates(rows, reward=None, k=1, bad_too=False):
     """(usable responses to a prompt, as target rows; why the others are not usable).
     Without a reward no verdict is looked at and the rows have no score. bad_too: what abstains,
     states nothing or repeats itself is usable, with a score of 0."""
@@ -202,19 +198,17 @@ def candidates(rows, reward=None, k=None, bad_too=False):
         seen = verdicts(row, reward) if reward else []
         value = score(seen, reward, k) if reward else None
         text, finish = training_text(row)
-        unusable = {"unjudged": seen.count(None) > MAX_NULL * len(seen),
-                    "no_sentence": not text.strip(),
-                    "duplicate": text in found}
-        bad = {"abstained": row.get("abstained"),
-               "no_fact": reward and value is None,
-               "repetitive": repeats(text) > MAX_REPEATS}
-        reasons = [name for name, so in {**unusable, **bad}.items() if so]
-        if any(unusable.values()) or (reasons and not bad_too):
-            unused.append(reasons[0])
-            continue
-        found[text] = target(row, text, finish)
-        if reward:
-            found[text]["score"] = 0.0 if reasons else value
+        bad = ("abstained" if row.get("abstained") else
+               "no_fact" if reward and value is None else
+               "repetitive" if repeats(text) > MAX_REPEATS else None)
+        reason = ("unjudged" if seen.count(None) > MAX_NULL * len(seen) else
+                  "no_sentence" if not text.strip() else
+                  "duplicate" if text in found else None if bad_too else bad)
+        if reason:
+            unused.append(reason)
+        else:
+            scored = {"score": 0.0 if bad else value} if reward else {}
+            found[text] = target(row, text, finish, **scored)
     return list(found.values()), unused
 
 
@@ -228,16 +222,22 @@ def pair(chosen, rejected, kind="fact"):
             "finish": {"chosen": chosen["finish"], "rejected": rejected["finish"]}}
 
 
+def sides(row):
+    """{name: single response} of what a training row sets against something else."""
+    if "chosen" not in row:
+        return {{True: "good", False: "bad"}.get(row.get("label"), "completion"): row}
+    return {side: {"completion": row[side], "finish": row["finish"][side],
+                   "label": side == "chosen", "score": row[f"score_{side}"]}
+            for side in ("chosen", "rejected")}
+
+
 def unpaired(pairs):
     """KTO on pairs: each response once where it is chosen (good), once where it is rejected."""
-    found = {}
+    found, fields = {}, ("prompt_id", "topic", "kind", "prompt", "prefix")
     for row in pairs:
-        kept = {key: row[key] for key in ("topic", "kind", "prompt", "prefix") if key in row}
-        for side, name in zip(("chosen", "rejected"), row["from"]):
-            found.setdefault((name, side), {
-                "id": f"{name} {side}", "prompt_id": row["prompt_id"], **kept,
-                "completion": row[side], "finish": row["finish"][side],
-                "label": side == "chosen", "score": row[f"score_{side}"]})
+        for name, (side, said) in zip(row["from"], sides(row).items()):
+            kept = {field: row[field] for field in fields if field in row}
+            found.setdefault((name, side), {"id": f"{name} {side}", **kept, **said})
     return list(found.values())
 
 
@@ -245,9 +245,11 @@ def unpaired(pairs):
 # The rules: (training rows, Counter of what became of prompts, Counter of why responses are unused)
 
 def preferences(responses, margin=0.0, pairs="best"):
-    """[(chosen, rejected)], scores > margin apart: of the best (the first of equals), or of all."""
-    best = max(responses, key=lambda r: r["score"], default=None)
-    return [(a, b) for a, b in permutations(responses, 2) if (pairs == "all" or a is best)
+    """[(chosen, rejected)], scores > margin apart: of any two (pairs "all"), of the best and each
+    other ("best"), of the best and the worst ("extremes"); of equals the first is taken."""
+    best, worst = (end(responses, key=lambda r: r["score"], default=None) for end in (max, min))
+    return [(a, b) for a, b in permutations(responses, 2)
+            if (pairs == "all" or a is best and (pairs == "best" or b is worst))
             and round(a["score"] - b["score"], 9) > margin]  # in floats, 0.4 - 0.3 > 0.1
 
 
@@ -264,11 +266,11 @@ def by_prompt(groups, make, *how, name=""):
     return made, prompts, unused
 
 
-def facttune(groups, reward="precision", k=None, margin=0.0, pairs="best"):
+def facttune(groups, reward="precision", k=1, margin=0.0, pairs="best", kind="fact", name=""):
     """FactTune (2311.08401): of two responses to a prompt, the more factual one is preferred, by
     the verdicts (FS) or by how sure the model is of what it says, right or wrong (MC)."""
     return by_prompt(groups, lambda found: [
-        pair(*two) for two in preferences(found, margin, pairs)], reward, k)
+        pair(*two, kind) for two in preferences(found, margin, pairs)], reward, k, name=name)
 
 
 def sft(groups):
@@ -276,9 +278,10 @@ def sft(groups):
     return by_prompt(groups, list)
 
 
-def rft(groups, reward="precision", k=None):
+def rft(groups, reward="precision", k=1):
     """RAFT (2304.06767): the best response is the target, where it beats any other."""
-    return by_prompt(groups, lambda found: [best for best, _ in preferences(found)[:1]], reward, k)
+    return by_prompt(groups, lambda found: [
+        best for best, _ in preferences(found, pairs="extremes")], reward, k)
 
 
 def fact_based(groups):
@@ -297,20 +300,14 @@ def flame_sft(groups, given, targets="own"):
 
 def flame(groups):
     """FLAME (section 4.3): pairs of the two extremes of a prompt, by rating and by precision."""
-    def extremes(kind):
-        return lambda found: [pair(*two, kind) for two in sorted(
-            preferences(found), key=lambda two: two[1]["score"])[:1]]
-
-    def near(row):
-        a, b = (rating[name] for name in row["from"])
-        return a is not None and b is not None and round(abs(a - b), 9) <= MAX_GAP
-
-    rating = {row["id"]: row["rating"] for rows in groups.values() for row in rows}
-    follow, *told = by_prompt(groups, extremes("if"), "rating", name="if_")
-    facts, *more = by_prompt(fact_based(groups), extremes("fact"), "precision", name="fact_")
-    kept = [row for row in facts if near(row)]
-    more[0].update(fact_used=len(kept) - len(facts), fact_far=len(facts) - len(kept))
-    return follow + kept, told[0] + more[0], told[1] + more[1]
+    follow, *told = facttune(groups, "rating", pairs="extremes", kind="if", name="if_")
+    facts, *more = facttune(fact_based(groups), pairs="extremes", name="fact_")
+    rating = {row["id"]: row["rating"] for rows in groups.values() for row in rows
+              if row["rating"] is not None}
+    near = [row for row in facts for a, b in [row["from"]] if {a, b} <= rating.keys()
+            and round(abs(rating[a] - rating[b]), 9) <= MAX_GAP]
+    more[0].update(fact_used=len(near) - len(facts), fact_far=len(facts) - len(near))
+    return follow + near, told[0] + more[0], told[1] + more[1]
 
 
 def threshold(scores):
@@ -319,77 +316,62 @@ def threshold(scores):
     return min(ranked, key=lambda t: abs(len(ranked) - 2 * bisect_right(ranked, t)), default=0.0)
 
 
-def sentence_labels(row, t_s):
-    """[(start, end, label)] of the sentences of a response's training text: is the share of S among
-    a sentence's facts at least t_s? (The paper's > would let none through at 1.) As in FactAlign's
-    code what was said before, and a 10-gram more than 3 times, is bad. Without facts, or with a
-    null among them: no label."""
-    found, said, text = [], set(), training_text(row)[0]
-    for s in row["sentences"]:
-        start, end = (s[name] - row["sentences"][0]["start"] for name in ("start", "end"))
+def sentence_columns(sentences, text, t_s):
+    """What fKTO needs of a response's training text: sentences, labels and spans, None without any.
+    Is the share of S among a sentence's facts at least t_s? (The paper's > would let none through
+    at 1.) As in FactAlign's code what was said before, and a 10-gram more than 3 times, is bad.
+    Without facts, or with a null among them: no label."""
+    found, said = [], set()
+    for s in sentences:
+        start, end = (s[name] - sentences[0]["start"] for name in ("start", "end"))
         if end > len(text):
             break  # cut
         words, labels = text[start:end], [fact["label"] for fact in s["facts"]]
         if words in said or repeats(words) > 3:
-            found.append((start, end, False))
+            found.append((words, False, (start, end)))
         elif labels and None not in labels:
-            found.append((start, end, labels.count("S") / len(labels) >= t_s))
+            found.append((words, labels.count("S") / len(labels) >= t_s, (start, end)))
         said.add(words)
-    return found
+    columns = map(list, zip(*found)) if found else [None] * 3
+    return dict(zip(("completion_sentences", "sentence_label", "sentence_spans"), columns))
 
 
-def factalign(groups, k, t=0.75, t_s=1.0, balance=False, precision_share=0.0, seed=0):
-    """FactAlign (2410.01691, section 4.1): labels for KTO on responses and fKTO on sentences."""
+def factalign(groups, k, t=0.75, t_s=1.0, balance=False, precision_share=0.0, seed=0, more=()):
+    """FactAlign (2410.01691, section 4.1): labels for KTO on responses and fKTO on sentences; and
+    rows of `more`, which are about something else."""
     order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     n = round(precision_share * len(order))
     parts = {"precision": order[:n], "recall": order[n:]} if precision_share else {"f1": groups}
-    whole = {row["id"]: row for rows in groups.values() for row in rows}
+    sentences = {row["id"]: row["sentences"] for rows in groups.values() for row in rows}
     made, prompts, unused = [], Counter(), Counter()
     for metric, names in parts.items():
         found, *counts = by_prompt({name: groups[name] for name in names}, list, metric, k, True)
-        t = threshold([row["score"] for row in found]) if balance else t
         prompts, unused = prompts + counts[0], unused + counts[1]
-        for row in found:
-            text, spans = row["completion"][0]["content"], sentence_labels(whole[row["id"]], t_s)
-            row |= {"t": t, "label": row["score"] > t}
-            made.append({**row, "completion_sentences": [text[a:b] for a, b, _ in spans] or None,
-                         "sentence_label": [label for *_, label in spans] or None,
-                         "sentence_spans": [[a, b] for a, b, _ in spans] or None})
-    return made, prompts, unused
+        t = threshold([row["score"] for row in found]) if balance else t
+        made += [{**row, "t": t, "label": row["score"] > t, **sentence_columns(
+            sentences[row["id"]], row["completion"][0]["content"], t_s)} for row in found]
+    return made + [part for row in more for part in general(row)], prompts, unused
 
 
 def general(row):
     """KTO rows of a row of general data: a response rated 4 or more (good) or 2 or less, both sides
-    of a pair, which may repeat the prompt (UltraFeedback-binarized), a labelled one (kto-mix)."""
+    of a pair, which may repeat the prompt (UltraFeedback-binarized), a labelled one (kto-mix).
+    None where the row is none of these."""
     finish = row.get("finish", "stop")
-    if "rating" in row:
-        rating, said = row["rating"] or 3, row["response"].strip()
-        clear = said and not 2 < rating < 4
-        return [target(row, said, finish, "general", label=rating >= 4)] if clear else []
-    if "chosen" not in row:
-        return [target(row, row["completion"][-1]["content"], finish, "general",
-                       label=row["label"])]
-    return [target({**row, "id": f"{row['id']}/{side}", "prompt": row[side][:-1] or row["prompt"]},
-                   row[side][-1]["content"], "stop", "general", label=side == "chosen")
-            for side in ("chosen", "rejected") if row["chosen"] != row["rejected"]]
-
-
-def best_answer(facts, label):
-    """The commonest answer to a question with this label, else what a fact that asks it says."""
-    own = [{"text": fact["answer"], "label": fact.get("label"), "count": 0}
-           for fact in facts if "answer" in fact]
-    return max((answer for answer in facts[0]["answers"] + own if answer["label"] == label),
-               key=lambda answer: answer["count"], default={}).get("text")
-
-
-def atomic(asked, facts):
-    """The pair of a question; the model gave the answers to this very prompt, after this prefix."""
-    name, prefix = asked["prompt_id"], asked.get("prefix", "")
-    right, wrong = [
-        target({**asked, "id": f"{name} {side}"}, f"{prefix} {best_answer(facts, label)}".strip(),
-               "length", score=score)
-        for side, label, score in (("right", "S", 1.0), ("wrong", "NS", 0.0))]
-    return {**pair(right, wrong, "atomic"), "id": name, "prefix": prefix, "r": facts[0]["r"]}
+    match row:
+        case {"prompt": str() | list(), "rating": int() | float() | None as rating,
+              "response": str(said)}:
+            if not said.strip() or 2 < (rating or 3) < 4:
+                return []
+            return [target(row, said.strip(), finish, "general", label=rating >= 4)]
+        case {"prompt": str() | list() as prompt, "chosen": [*_, {"content": str()}],
+              "rejected": [*_, {"content": str()}]}:
+            return [target({**row, "id": f"{row['id']}/{side}", "prompt": row[side][:-1] or prompt},
+                           row[side][-1]["content"], "stop", "general", label=side == "chosen")
+                    for side in ("chosen", "rejected") if row["chosen"] != row["rejected"]]
+        case {"prompt": str() | list(), "completion": [*_, {"content": str(said)}],
+              "label": bool(label)}:
+            return [target(row, said, finish, "general", label=label)]
 
 
 def apeft(groups, answers, keep="potentially", **how):
@@ -405,12 +387,29 @@ def apeft(groups, answers, keep="potentially", **how):
             if name in asked and fact.get("known"):
                 questions.setdefault(name, []).append(fact)
     for name, facts in questions.items():
-        known = facts[0]["known"]
-        if known == keep and best_answer(facts, "S") and best_answer(facts, "NS"):
-            made.append(atomic(asked[name], facts))
+        known, found = facts[0]["known"], atomic(asked[name], facts)
+        if known == keep and found:
+            made.append(found)
             known += "_used"
         prompts[f"facts_{known}"] += 1
     return made, prompts, unused
+
+
+def atomic(asked, facts):
+    """The pair of a question: the commonest right answer over the commonest wrong one, which the
+    model gave to this very prompt, after this prefix; without one, what a fact that asks it says.
+    None where a side is missing."""
+    name, prefix, said = asked["prompt_id"], asked.get("prefix") or "", {}
+    own = [{"text": fact["answer"], "label": fact.get("label"), "count": 0}
+           for fact in facts if "answer" in fact]
+    for answer in sorted(facts[0]["answers"] + own, key=lambda one: one["count"], reverse=True):
+        said.setdefault(answer["label"], answer["text"])
+    if not (said.get("S") and said.get("NS")):
+        return None
+    right, wrong = [
+        target({**asked, "id": f"{name} {side}"}, f"{prefix} {said[label]}".strip(), "length",
+               score=value) for side, label, value in (("right", "S", 1.0), ("wrong", "NS", 0.0))]
+    return {**pair(right, wrong, "atomic"), "id": name, "prefix": prefix, "r": facts[0]["r"]}
 
 
 RULES = {
@@ -419,8 +418,8 @@ RULES = {
     "rft": lambda groups, _, a: rft(groups, a.reward, a.k),
     "flame-sft": lambda groups, given, a: flame_sft(groups, given, a.targets),
     "flame": lambda groups, _, a: flame(groups),
-    "factalign": lambda groups, _, a: factalign(groups, a.k, a.t, a.t_s, a.balance,
-                                                a.precision_share, a.seed),
+    "factalign": lambda groups, more, a: factalign(groups, a.k, a.t, a.t_s, a.balance,
+                                                   a.precision_share, a.seed, more),
     "apeft": lambda groups, answers, a: apeft(groups, answers, a.keep, reward=a.reward, k=a.k,
                                               margin=a.margin, pairs=a.pairs)}
 
@@ -428,11 +427,17 @@ RULES = {
 # ---------------------------------------------------------------------------------------------
 # Reading, and what is told
 
+def labelled(one, needed=True):
+    """Is this a text with a label: a fact or an answer?"""
+    return (isinstance(one, dict) and isinstance(one.get("text"), str)
+            and one.get("label", "none" if needed else None) in ("S", "NS", "IR", None))
+
+
 def fault(row, args):
     """What was expected inside a row of 02 or 03 and is not there; None where all is."""
     if row.get("finish") not in ("stop", "length"):
         return f"'finish' as stop or length (01_generate.py), not {row.get('finish')!r:.60}"
-    if args.rule == "flame" and not is_score(row.get("rating", "")):
+    if args.rule == "flame" and not isinstance(row.get("rating", ""), NUMBER):
         return "a 'rating' (03_verify.py --method rate)"
     judged = not (args.rule in ("sft", "flame-sft") or args.reward in CONFIDENCE
                   or args.rule == "flame" and not row.get("fact_based"))
@@ -442,44 +447,37 @@ def fault(row, args):
                 and 0 <= s["start"] <= s["end"] <= len(row["response"])):
             return f"a sentence as {{start, end, facts}} within the response, not {s!r:.60}"
         for fact in s["facts"]:
-            if not (isinstance(fact, dict) and isinstance(fact.get("text"), str)
-                    and fact.get("label", "none" if judged else None) in ("S", "NS", "IR", None)):
+            if not labelled(fact, judged):
                 return f"a fact as {{text, label: S|NS|IR|null}} (03_verify.py), not {fact!r:.60}"
-            if not as_sampled(fact):
+            conf, answers = fact.get("conf"), fact.get("answers") or []
+            if not (isinstance(answers, list) and all(
+                        labelled(one) and isinstance(one.get("count"), int) for one in answers)
+                    and (answers and "r" in fact or not fact.get("known"))
+                    and (conf is None or isinstance(conf, dict) and all(
+                        isinstance(conf.get(name, ""), NUMBER) for name in CONFIDENCE))):
                 return f"'conf' and 'answers' as 03_verify.py writes them, not {fact!r:.60}"
-
-
-def as_sampled(fact):
-    conf, answers = fact.get("conf"), fact.get("answers") or []
-    return (conf is None or isinstance(conf, dict) and all(
-        is_score(conf.get(name, "")) for name in CONFIDENCE)) and isinstance(answers, list) and all(
-            isinstance(one, dict) and {"text", "label", "count"} <= set(one) for one in answers)
+            fact.pop("evidence", None)  # half of the memory; no rule looks at it
 
 
 def read_groups(args):
-    """(all rows, {prompt_id: its rows}) of --in in file order, every row checked."""
+    """(all rows, {prompt_id: its rows} of the first --limit) of --in, every row checked."""
     fields = {"prompt_id": str, "prompt": (str, list), "response": str, "sentences": list}
-    rows, groups, ids, seen = [], {}, set(), {}
+    made_by = "02_decompose.py" if args.rule in ("sft", "flame-sft") else "03_verify.py"
+    rows, groups, files, asked = [], {}, {}, {}
 
     def wrong(row):
         prompt = row["prompt"], topic_of(row)
-        if row["id"] in ids:
+        if files.setdefault(row["id"], path) != path:
             return "an id that no earlier file has"
-        if seen.setdefault(row["prompt_id"], prompt) != prompt:
+        if asked.setdefault(row["prompt_id"], prompt) != prompt:
             return f"the prompt and topic that {row['prompt_id']!r} had before"
-        found = fault(row, args)
-        for fact in [] if found else facts_of(row):
-            fact.pop("evidence", None)  # half of the memory; no rule looks at it
-        return found
+        return fault(row, args)
 
     for path in args.inp:
-        made_by = "02_decompose.py" if args.rule in ("sft", "flame-sft") else "03_verify.py"
-        new = read_jsonl(path, fields, made_by, parts=wrong)
-        ids |= {row["id"] for row in new}
-        rows += new
+        rows += read_jsonl(path, fields, made_by, parts=wrong)
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
-    return rows, groups
+    return rows, dict(list(groups.items())[:args.limit])
 
 
 def read_more(args):
@@ -488,119 +486,96 @@ def read_more(args):
         return read_jsonl(args.given, {"prompt": (str, list), "response": str})
     if args.answers:
         return read_jsonl(args.answers, {"prompt": (str, list), "prompt_id": str, "topic": str})
-    name, _, split = (args.general or "").rpartition(":")
+    if not args.general:
+        return []
+    wanted = "a prompt, and a rated response, or chosen and rejected, or completion and label"
+    name, _, split = args.general.rpartition(":")
     if not name or Path(args.general).is_file():
-        return read_jsonl(args.general, parts=odd) if args.general else []
+        return read_jsonl(args.general, parts=lambda row: general(row) is None and wanted)
     from datasets import load_dataset
     try:
         rows = [{"id": f"general-{n}", **row}
                 for n, row in enumerate(load_dataset(name, split=split))]
     except (OSError, ValueError) as error:
         die(f"{args.general}: expected a file or a dataset's NAME:SPLIT, found: {error!s:.200}")
-    for row in filter(odd, rows):
-        die(f"{args.general}: expected {odd(row)}, found {dumps(row)[:60]!r}")
+    for row in rows:
+        if general(row) is None:
+            die(f"{args.general}: expected {wanted}, found {dumps(row)[:60]!r}")
     return rows
 
 
-def odd(row):
-    """What is expected of a row of general data and not there; None where all is."""
-    def said(side):
-        last = row[side][-1] if isinstance(row.get(side), list) and row[side] else None
-        return isinstance(last, dict) and isinstance(last.get("content"), str)
-
-    if "rating" in row:
-        right = is_score(row["rating"]) and isinstance(row.get("response"), str)
-    elif "chosen" in row:
-        right = said("chosen") and said("rejected")
-    else:
-        right = said("completion") and type(row.get("label")) is bool
-    if not right or not isinstance(row.get("prompt"), (str, list)):
-        return "a prompt, and a rated response, or chosen and rejected, or completion and label"
-
-
-def is_score(value):
-    return value is None or type(value) in (int, float)
-
-
-def leaked(rows, prompts):
-    """Ids of the prompts of `rows` that `prompts` has too: by id, by topic or by wording."""
+def refuse_leaked(rows, path):
+    """Exit 2 where `path` has the prompt of a row: its id, its topic or its wording."""
+    prompts = read_jsonl(path, {"prompt": (str, list)})
     ids = {row["id"] for row in prompts}
     topics = {topic_of(row).casefold() for row in prompts}
     wordings = {dumps(as_messages(row["prompt"])) for row in prompts}
-    return sorted({row["prompt_id"] for row in rows if row["prompt_id"] in ids
+    both = sorted({row["prompt_id"] for row in rows if row["prompt_id"] in ids
                    or row["topic"].casefold() in topics or dumps(row["prompt"]) in wordings})
+    if both:
+        die(f"{path}: expected no prompt, topic or wording of the training rows, "
+            f"found {len(both)}: {', '.join(both[:9])}")
 
 
 def split_topics(rows, share, seed):
     """(train, held out): the topics that a hash puts first are held out, with all their rows."""
     topics = sorted({row["topic"] for row in rows},
-                    key=lambda topic: hashlib.sha256(f"{seed}/{topic}".encode()).hexdigest())
+                    key=lambda topic: hashlib.sha256(f"{seed}/{topic}".encode()).digest())
     held = set(topics[:max(1, round(share * len(topics)))])
     return [r for r in rows if r["topic"] not in held], [r for r in rows if r["topic"] in held]
 
 
-def statistics(rows, side):
-    """Of one side of training rows: mean words, share that ends by "stop", mean score if any."""
-    ends = [row["finish"] if side == "completion" else row["finish"][side] for row in rows]
-    key = "score" if side == "completion" else f"score_{side}"
-    columns = {"words": [len(row[side][0]["content"].split()) for row in rows],
-               "stop": [end == "stop" for end in ends],
-               "score": [row[key] for row in rows if key in row]}
-    return {name: round(fmean(column), 2) for name, column in columns.items() if column}
-
-
-def sides_of(rows):
-    """{name: statistics} of what training sets against each other."""
-    if "chosen" in rows[0]:
-        return {side: statistics(rows, side) for side in ("chosen", "rejected")}
-    labels = {True: "good", False: "bad", None: "completion"}
-    return {name: statistics(some, "completion") for label, name in labels.items()
-            if (some := [row for row in rows if row.get("label") is label])}
+def statistics(rows):
+    """{side: its mean words, share that ends by "stop", mean score if any} of training rows."""
+    found = {side: [] for side in ("chosen", "rejected", "good", "bad", "completion")}
+    for row in rows:
+        for side, said in sides(row).items():
+            found[side].append(said)
+    for side, said in found.items():
+        columns = {"words": [len(row["completion"][0]["content"].split()) for row in said],
+                   "stop": [row["finish"] == "stop" for row in said],
+                   "score": [row["score"] for row in said if "score" in row]}
+        found[side] = {name: round(fmean(column), 2) for name, column in columns.items() if column}
+    return {side: numbers for side, numbers in found.items() if numbers}
 
 
 def main():
     args = parse_args()
     gc.disable()  # rows hold no cycles: to look for some took a third of the time
     rows, groups = read_groups(args)
-    groups = dict(list(groups.items())[:args.limit])
     more = read_more(args)
     made, prompts, unused = RULES[args.rule](groups, more, args)
     if args.rule == "apeft" and not any(name.startswith("facts_") for name in prompts):
         die(f"{args.answers}: expected answers to what the facts of --in ask, and --in judged by "
             "03_verify.py --method answers, found none")
-    if args.rule == "factalign":
-        made += [part for row in more for part in general(row)]
-    made = [row for row in (unpaired(made) if args.unpaired else made)
-            if args.only in (None, row["kind"])]
+    made = unpaired(made) if args.unpaired else made
+    made = [row for row in made if args.only in (None, row["kind"])]
     made.sort(key=lambda row: "prefix" not in row)  # `datasets` looks at 10 MB for columns
-    asked = read_jsonl(args.eval_prompts, {"prompt": (str, list)}) if args.eval_prompts else []
-    both = leaked(made, asked)
-    if both:
-        die(f"{args.eval_prompts}: expected no prompt, topic or wording of the training rows, "
-            f"found {len(both)}: {', '.join(both[:9])}")
+    if args.eval_prompts:
+        refuse_leaked(made, args.eval_prompts)
     train, held = split_topics(made, args.holdout, args.seed) if args.eval_out else (made, [])
-    kinds = {kind: [row for row in train if row["kind"] == kind]
-             for kind in dict.fromkeys(row["kind"] for row in train)}
-    told = {kind: sides_of(some) for kind, some in kinds.items()}
+    kinds = Counter(row["kind"] for row in train)
+    told = {kind: statistics([row for row in train if row["kind"] == kind]) for kind in kinds}
     if args.rule == "rft" and train:  # is the best longer than the others?
-        pools = [candidates(groups[row["prompt_id"]], args.reward, args.k)[0] for row in train]
-        told["fact"]["usable"] = statistics([r for pool in pools for r in pool], "completion")
+        asked = {row["prompt_id"]: groups[row["prompt_id"]] for row in train}
+        usable, *_ = by_prompt(asked, list, args.reward, args.k)
+        told["fact"]["usable"] = statistics(usable)["completion"]
     marks = {"rows": [row["label"] for row in train if "label" in row],
              "sentences": [mark for row in train for mark in row.get("sentence_label") or ()]}
     report(prompts_in=len(groups), **{f"  {name}": n for name, n in sorted(prompts.items())},
            responses_in=sum(map(len, groups.values())),
            **{f"  {reason}": n for reason, n in sorted(unused.items())},
-           rows=len(train), **{f"  {kind}": len(some) for kind, some in kinds.items()},
+           rows=len(train), **{f"  {kind}": n for kind, n in kinds.items()},
            rows_held_out=len(held),
            rows_a_prompt=round(len(made) / max(1, len({row["prompt_id"] for row in made})), 2),
            **{f"{name}_{word}": found.count(mark) for name, found in marks.items() if found
               for word, mark in (("good", True), ("bad", False))},
            **{f"t_{n}": t for n, t in enumerate(dict.fromkeys(r["t"] for r in train if "t" in r))},
-           **{f"{name}_{side}" + f"_{kind}" * (len(told) > 1): n for kind, sides in told.items()
-              for side, numbers in sides.items() for name, n in numbers.items()})
+           **{f"{name}_{side}" + f"_{kind}" * (len(told) > 1): n for kind, found in told.items()
+              for side, numbers in found.items() for name, n in numbers.items()})
     if not train:
         die("no rows to train on, see the counts. More samples may help (01_generate.py --n)")
-    sizes = [[side["words"] for side in sides.values()] for sides in told.values()]
+    sizes = [[numbers["words"] for numbers in found.values()] for found in told.values()]
     if any(max(words) > LONGER * min(words) for words in sizes):
         print("warning: what is set against each other differs in length by more than 20 %: "
               "training moves the length of responses, too", file=sys.stderr)
@@ -608,10 +583,10 @@ def main():
         print(*[f"--{'sentence-' * (name != 'rows')}undesirable-weight "
                 f"{found.count(True) / found.count(False):.4f}"
                 for name, found in marks.items() if {*found} == {True, False}])
-    files = {path: part for path, part in ((args.eval_out, held), (args.out, train)) if path}
     write_whole(*same_run(Path(args.out), args, rows + more))
-    for path, part in files.items():
-        write_whole(path, rows=part)
+    if args.eval_out:
+        write_whole(args.eval_out, rows=held)
+    write_whole(args.out, rows=train)
     return 0
 
 

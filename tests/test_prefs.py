@@ -164,10 +164,10 @@ def test_statistics_by_hand():
     pairs = build([verified("a", 0, ["S"], ["One two three."]),
                    verified("a", 1, ["NS", "S"], ["One two three four five."]),
                    verified("a", 2, [["NS"], []], ["One.", "Tw"], finish="length")])[0]
-    assert prefs.statistics(pairs, "chosen") == {"words": 3, "stop": 1, "score": 1}
-    assert prefs.statistics(pairs, "rejected") == {"words": 3, "stop": 0.5, "score": 0.25}
+    assert prefs.statistics(pairs) == {"chosen": {"words": 3, "stop": 1, "score": 1},
+                                       "rejected": {"words": 3, "stop": 0.5, "score": 0.25}}
     targets = build([verified("a", k, ["S"], ["One two."]) for k in range(2)], "sft")[0]
-    assert prefs.statistics(targets, "completion") == {"words": 2, "stop": 1}
+    assert prefs.statistics(targets) == {"completion": {"words": 2, "stop": 1}}
 
 
 def test_a_top_scored_tie_is_no_pair():
