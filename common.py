@@ -57,7 +57,6 @@ def run(main):
         os._exit(141)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
-        sys.stdout.flush()
         os._exit(130)  # at once: calls under way are not waited for
     except (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError,
             NotADirectoryError) as error:
@@ -70,18 +69,20 @@ def run(main):
 # ---------------------------------------------------------------------------------------------
 # JSONL in and out: validated, resumable, locked, honest about failures
 
+def dumps(row):
+    return json.dumps(row, ensure_ascii=False)
+
+
 def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: None):
     """All rows of `path` as dicts, validated whole: an error names file, line and what is expected.
 
     required    {field: type}; rows without an id get `<file stem>-<line>`
     parts(row)  what was expected inside a field, or None where it is right
     """
-    required = {"id": str, **dict(required)}
-    path = Path(path)
+    path, required, rows, first = Path(path), {"id": str, **dict(required)}, [], {}
     if not path.is_file():
         die(f"{path}: no such file" + ", but a folder" * path.is_dir()
-            + (f"; {made_by} makes it" if made_by else ""))
-    rows, seen = [], {}
+            + f"; {made_by} makes it" * bool(made_by))
     with open(path, encoding="utf-8", errors="replace") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
@@ -90,31 +91,27 @@ def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: Non
                 row = json.loads(line)
                 dumps(row).encode()  # half a character can be read, but not written
             except (ValueError, RecursionError):
-                die(f"{path}:{n}: expected one JSON object a line, found {line.strip()[:60]!r}")
+                row = None
             if not isinstance(row, dict):
-                die(f"{path}:{n}: expected a JSON object, found {type(row).__name__}")
+                die(f"{path}:{n}: expected one JSON object a line, found {line.strip()[:60]!r}")
             if "output" in row and "response" not in row:  # FActScore's name
                 row["response"] = row.pop("output")
             row.setdefault("id", f"{path.stem}-{n}")
             for field, kind in required.items():
                 if not isinstance(row.get(field), kind):
-                    found = f"{row[field]!r:.40}" if field in row else f"only {sorted(row)}"
                     name = getattr(kind, "__name__", "str or list")
-                    source = f" ({made_by} writes it)" if made_by else ""
+                    source = f" ({made_by} writes it)" * bool(made_by)
+                    found = f"{row[field]!r:.40}" if field in row else f"only {sorted(row)}"
                     die(f"{path}:{n}: expected {field!r} as {name}{source}, found {found}")
-            if parts(row):
-                die(f"{path}:{n}: expected {parts(row)}, found {dumps(row)[:60]!r}")
-            first = seen.setdefault(row["id"], n)
-            if unique and first != n:
-                die(f"{path}:{n}: expected a new id, found {row['id']!r} of line {first} again")
+            if wrong := parts(row):
+                die(f"{path}:{n}: expected {wrong}, found {dumps(row)[:60]!r}")
+            if unique and first.setdefault(row["id"], n) != n:
+                die(f"{path}:{n}: expected a new id, found {row['id']!r} of line "
+                    f"{first[row['id']]} again")
             rows.append(row)
     if not rows:
         die(f"{path}: expected at least one row, found an empty file")
     return rows
-
-
-def dumps(row):
-    return json.dumps(row, ensure_ascii=False)
 
 
 def write_whole(path, text="", rows=()):
@@ -156,18 +153,18 @@ def same_run(out, args, rows):
 
 
 def lock(f, out):
-    try:
+    with suppress(ImportError):  # Windows: no lock, everything else holds
         import fcntl
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock, everything else holds
-        pass
-    except BlockingIOError:
-        die(f"{out}: another process is writing it")
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"{out}: another process is writing it")
 
 
-def _whole_lines(data):
-    """Rows of an output's bytes, without what a kill left behind the last newline."""
-    return [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
+def rows_there(data, again):
+    """{id: row} of an output's bytes, without what a kill left behind the last newline."""
+    rows = map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())
+    return {row["id"]: row for row in rows if not again(row)}
 
 
 @contextmanager
@@ -178,18 +175,18 @@ def output(args, rows, again=lambda row: False):
     write   write(row) appends one whole line, at once
     fail    fail(row, reason) sets a row aside in OUT.failed, which is rewritten each run
     """
-    out, inputs = Path(args.out), filter(None, (getattr(args, name, None) for name in INPUTS))
+    out, failed, reasons = Path(args.out), Path(f"{args.out}.failed"), Counter()
+    inputs = filter(None, (getattr(args, name, None) for name in INPUTS))
     if out.resolve() in [Path(name).resolve() for name in inputs]:
         die(f"{out}: expected --out to be another file than the inputs, found one of them")
     if args.limit is not None and args.limit < 1:
         die(f"expected --limit of at least 1, found {args.limit}")
     memo, text = same_run(out, args, rows)
     if getattr(args, "dry_run", False):
-        there = [] if args.overwrite or not out.exists() else _whole_lines(out.read_bytes())
-        yield {row["id"]: row for row in there if not again(row)}, lambda row: 0, lambda *row: 0
+        data = b"" if args.overwrite or not out.exists() else out.read_bytes()
+        yield rows_there(data, again), lambda row: None, lambda *row: None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    failed = Path(f"{out}.failed")
     with open(out, "a+b") as f:
         lock(f, out)
         if args.overwrite:
@@ -197,7 +194,7 @@ def output(args, rows, again=lambda row: False):
         write_whole(memo, text)
         f.seek(0)
         data = f.read()
-        done = {row["id"]: row for row in _whole_lines(data) if not again(row)}
+        done = rows_there(data, again)
         failed.unlink(missing_ok=True)
         kept = "".join(dumps(row) + "\n" for row in done.values()).encode()
         if kept != data:  # killed in here, the rest is merely made again
@@ -213,7 +210,6 @@ def output(args, rows, again=lambda row: False):
             with open(failed, "a", encoding="utf-8", newline="\n") as g:
                 g.write(dumps({**row, "error": str(reason)}) + "\n")
 
-        reasons = Counter()
         yield done, write, fail
     for reason, n in reasons.most_common(1):
         print(f"{reasons.total()} rows are set aside in {failed}, {n} for: {reason}\n"
@@ -268,6 +264,68 @@ def template(name, **fields):
     return [{"role": "user", "content": text.format(**fields) if fields else text}]
 
 
+def refused_name(error, told, names, messages):
+    """The parameter, of these names, that an error says the server does not take; else None."""
+    for text in [message["content"] for message in messages]:
+        for quoted in (text, dumps(text)[1:-1], repr(text)[1:-1]):
+            told = told.replace(quoted, "")  # what a prompt says refuses nothing
+    named = [name for name in names if name == error.param or re.search(rf"\b{name}\b", told)]
+    if named and REFUSED.search(told):
+        return error.param if error.param in named else named[0]
+
+
+def caller(args, base, spent):
+    """call(messages, params): (reply, prompt tokens, reply tokens) of the server at `base`. Faults
+    are tried again, most by openai itself; a parameter not taken is left out or renamed."""
+    import openai
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or (base or args.dry_run) and "EMPTY"
+    if not args.model:
+        die("expected --model, what the server calls its model, found none")
+    if not key or not re.match("https?://.", base or "https://openai's own"):
+        die(f"expected --base-url http://.../v1, or a key in OPENAI_API_KEY, found {base}")
+    client = openai.OpenAI(base_url=base, api_key=key, max_retries=5, timeout=300)
+    renamed, guard = {}, threading.Lock()  # {parameter not taken: its other name, or None}
+
+    def call(messages, params):
+        for _ in range(TRIES):
+            sent = {renamed.get(name, name): value for name, value in params.items()}
+            sent.pop(None, None)
+            try:
+                got = client.chat.completions.create(model=args.model, messages=messages,
+                                                     extra_body=sent)
+                said, finish = got.choices[0].message, got.choices[0].finish_reason
+                thought = getattr(said, "reasoning", None) or getattr(said, "reasoning_content", "")
+                text, thought = ((part or "").encode("utf-8", "replace").decode()
+                                 for part in (said.content, thought))  # no half characters
+                return ({"text": text, "finish": finish, "thought": thought},
+                        int(getattr(got.usage, "prompt_tokens", 0) or 0),
+                        int(getattr(got.usage, "completion_tokens", 0) or 0))
+            except (AttributeError, TypeError, IndexError, ValueError, RecursionError):
+                continue
+            except openai.APIError as error:
+                body = error.body if isinstance(error.body, dict) else {}
+                told = str(body.get("message") or body.get("detail") or error)
+                status = getattr(error, "status_code", "")
+                shown = " ".join(f"{status} {told}".split()).replace(key, "***")[:300]
+                name = status in (400, 422) and refused_name(
+                    error, told, [name for name in params if name in sent], messages)
+                if name:
+                    with guard:
+                        if name not in renamed:
+                            print(f"{args.model} takes no {name}: {shown}", file=sys.stderr)
+                        renamed[name] = "max_completion_tokens" if name == "max_tokens" else None
+                    return call(messages, params)
+                nobody = type(error.__cause__).__name__ == "ConnectError"
+                if (nobody or status in (401, 404)) and not spent["calls"]:  # 403 may be one row
+                    where = re.sub("//.*@", "//", str(base))
+                    raise PermissionError(f"{args.model} at {where}: {shown} (Does it run there? A "
+                                          "--base-url mostly ends in /v1)") from None
+                raise ConnectionError(shown) from None
+        raise ConnectionError("expected a chat completion, found something else")
+
+    return call
+
+
 def chat(args):
     """(ask, spent): ask(messages, parse, stand_in, tries, **params), from any thread, makes a call
     and returns parse({"text", "finish": "stop", "length" or another, "thought"}).
@@ -278,78 +336,26 @@ def chat(args):
     spent     calls, tokens and money so far, for report()
     Raises ConnectionError when a call failed, PermissionError when all would: run() exits 2 then.
     """
-    import openai
-    base = args.base_url or os.environ.get("OPENAI_BASE_URL")
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or (base or args.dry_run) and "EMPTY"
-    if not args.model:
-        die("expected --model, what the server calls its model, found none")
-    if not key or not re.match("https?://.", base or "https://openai's own"):
-        die(f"expected --base-url http://.../v1, or a key in OPENAI_API_KEY, found {base}")
-    client = openai.OpenAI(base_url=base, api_key=key, max_retries=5, timeout=300)
-    spent, refused, locks, guard = Counter(), {}, {}, threading.Lock()
-    kept = args.cache if args.cache and not args.dry_run or os.path.isfile(args.cache) else None
-    if args.dry_run:
-        spent["sent"] = 0
+    base, dry = args.base_url or os.environ.get("OPENAI_BASE_URL"), args.dry_run
+    spent, locks, guard = Counter(sent=0) if dry else Counter(), {}, threading.Lock()
+    call = caller(args, base, spent)
+    cache = args.cache if not dry or os.path.isfile(args.cache) else ""  # "": SQLite's own, for now
     try:
-        Path(kept or ".").parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(kept or ":memory:", 60, check_same_thread=False, isolation_level=None)
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(cache, 60, check_same_thread=False, isolation_level=None)
         if {name for name, in db.execute("SELECT tbl_name FROM sqlite_master")} - {"replies"}:
             raise sqlite3.Error("other tables than a cache's")
         with suppress(sqlite3.OperationalError):  # another process is just doing it
             db.execute("PRAGMA journal_mode=WAL")
         db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT)")
     except (sqlite3.Error, OSError) as error:
-        die(f"--cache {kept}: expected a SQLite file that can be written, found: {error}")
-
-    def table(sql, *values):
-        with guard:  # a read under way would keep a write of this connection from waiting its turn
-            return db.execute(sql, values).fetchone()
+        die(f"--cache {cache}: expected a SQLite file that can be written, found: {error}")
 
     def count(tokens_in=0, tokens_out=0, **numbers):
         with guard:
             spent.update(tokens_in=tokens_in, tokens_out=tokens_out, **numbers)
             if args.price_in or args.price_out:
                 spent["cost"] += (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
-
-    def call(messages, params):
-        """A reply; None where something came that is none."""
-        sent = {refused.get(name, name): value for name, value in params.items()}
-        sent.pop(None, None)
-        try:
-            got = client.chat.completions.create(model=args.model, messages=messages,
-                                                 extra_body=sent)
-            said, finish = got.choices[0].message, got.choices[0].finish_reason
-            thought = getattr(said, "reasoning", None) or getattr(said, "reasoning_content", None)
-            text, thought = ((part or "").encode("utf-8", "replace").decode()  # no half characters
-                             for part in (said.content, thought))
-            count(getattr(got.usage, "prompt_tokens", 0) or 0,
-                  getattr(got.usage, "completion_tokens", 0) or 0, calls=1)
-            return {"text": text, "finish": finish, "thought": thought}
-        except (AttributeError, TypeError, IndexError, ValueError, RecursionError):
-            return None
-        except openai.APIError as error:
-            status = getattr(error, "status_code", None)
-            body = error.body if isinstance(error.body, dict) else {}
-            told = str(body.get("message") or body.get("detail") or error)
-            shown = " ".join(f"{status or ''} {told}".split()).replace(key, "***")[:300]
-            for text in [message["content"] for message in messages]:
-                for quoted in (text, dumps(text)[1:-1], repr(text)[1:-1]):
-                    told = told.replace(quoted, "")  # what a prompt says refuses nothing
-            names = [name for name in sent if name in params and REFUSED.search(told)
-                     and (name == error.param or re.search(rf"\b{name}\b", told))]
-            if status in (400, 422) and names:
-                name = error.param if error.param in names else names[0]
-                with guard:
-                    if name not in refused:
-                        print(f"{args.model} takes no {name}: {shown}", file=sys.stderr)
-                    refused[name] = "max_completion_tokens" if name == "max_tokens" else None
-                return call(messages, params)
-            nobody = type(error.__cause__).__name__ == "ConnectError"
-            if (nobody or status in (401, 404)) and not spent["calls"]:  # a 403 may mean one row
-                where = re.sub("//.*@", "//", str(base))
-                raise PermissionError(f"{args.model} at {where}: {shown} (Does it run there? A "
-                                      "--base-url mostly ends in /v1)") from None
-            raise ConnectionError(shown) from None
 
     def ask(messages, parse, stand_in="", tries=TRIES, **params):
         messages = [{**m, "content": MARKUP.sub(r"\g<0> ", m["content"])} for m in messages]
@@ -358,32 +364,28 @@ def chat(args):
         with guard:
             asked_before, mine = name in locks, locks.setdefault(name, threading.Lock())
         with mine:  # the same question at the same time is one call
-            found = table("SELECT reply FROM replies WHERE key = ?", name)
+            with guard:  # a read under way would keep this connection from waiting to write
+                found = db.execute("SELECT reply FROM replies WHERE key = ?", [name]).fetchone()
             value = parse(json.loads(found[0])) if found else None
             if value is not None:
                 count(from_cache=1)
                 return value
-            if args.dry_run:
+            if dry:
                 size = sum(len(message["content"]) for message in messages) // 4
                 count(**({"from_cache": 1} if asked_before else
                          {"tokens_in": size, "tokens_out": params["max_tokens"], "calls": 1}))
                 return parse({"text": stand_in, "finish": "stop", "thought": None})
-            missed = 0
-            for _ in range(TRIES):
-                again = {"seed": params["seed"] + missed,
-                         "temperature": max(0.7, params["temperature"])}
-                reply = call(messages, params | again if missed else params)
-                value = parse(reply) if reply else None
+            for _ in range(tries):
+                reply, *tokens = call(messages, params)
+                count(*tokens, calls=1)
+                value = parse(reply)
                 if value is not None:
-                    table("INSERT OR REPLACE INTO replies VALUES (?, ?)", name, dumps(reply))
+                    with guard:
+                        db.execute("REPLACE INTO replies VALUES (?, ?)", [name, dumps(reply)])
                     return value
-                if reply:
-                    missed += 1
-                    count(not_as_asked=1)
-                if missed == tries:
-                    return None
-        if reply is None:
-            raise ConnectionError("expected a chat completion, found something else")
+                count(not_as_asked=1)
+                params |= {"seed": params["seed"] + 1,  # else it would say the same again
+                           "temperature": max(0.7, params["temperature"])}
 
     return ask, spent
 
@@ -416,8 +418,7 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None, kind="AutoMode
     """(model in eval mode, tokenizer, device) of a folder or hub name; adapter: a PEFT folder."""
     import torch
     import transformers
-    from transformers.utils import logging
-    logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     if re.match(r"[./~]|data/|runs/", name) and not Path(name).expanduser().is_dir():
         die(f"{name}: no such model folder; `python data/prepare.py` makes data/world/model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
