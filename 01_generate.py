@@ -18,11 +18,8 @@ Writes  samples.jsonl   the prompt's row n times, and what was said:
                    prompts file: {"id": "topics-2-7", "topic": "Moai", "prompt": "What are ..."}
 --classify         each prompt's row once, with "fact_based": true or false (FLAME, section 4.2)
 
-Local: sampling is written out below: temperature, then top-k, then top-p, then one draw. A prompt
-goes through the model once; its cache is repeated for the n responses, and finished responses leave
-the batch. Batches are cut from the whole plan and seeded by (seed, number of the batch), so a
-resumed file is the same file (with the same --limit).
-Server: one call a response, each with its own seed, --batch at a time.
+Local: batches are cut from the whole plan and seeded by (seed, number of the batch), so a resumed
+file is the same file (with the same --limit). Server: one call a response, each with its own seed.
 
 Not as in the papers: FactTune samples at T 1.0 and FLAME at T 0.7; here the defaults are those of
 data/protocol.json. FLAME finds neighbours with DRAGON+, here BM25 does. The words of all questions
@@ -89,8 +86,7 @@ def parse_args():
         die("expected --adapter without --base-url: a server gives an adapter a name (--model)")
     if args.dry_run and not args.base_url:
         die("expected --dry-run with --base-url: a local model costs no money")
-    if not args.base_url:
-        args.model = args.model or "data/world/model"
+    args.model = args.model or (None if args.base_url else "data/world/model")
     args.concurrency = args.batch
     args.batch = None if args.base_url else args.batch  # there it does not change what is said
     return args
@@ -114,11 +110,11 @@ def read_prompts(args):
         path = args.inp = Path(args.topics)
         if not path.is_file():
             die(f"{path}: no such file; it holds a topic a line")
-        lines = path.read_text("utf-8", "replace").splitlines()
-        if lines[:1] and lines[0].startswith("{"):
+        text = path.read_text("utf-8", "replace")
+        if text.startswith("{"):
             die(f"{path}:1: expected a topic a line, found JSON")
         rows = [{"id": f"{path.stem}-{n}", "topic": line.strip()}
-                for n, line in enumerate(lines, 1) if line.strip()]
+                for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
         rows = read_jsonl(args.inp, {"prompt": (str, list)}, parts=wrong_parts)
         for row in rows:
@@ -146,7 +142,7 @@ def nearest_demos(demos):
         question = messages[-1]["content"]
         scores = index.get_scores(re.findall(r"\w+", question.lower()))
         best = sorted((i for i in range(len(demos)) if not question.startswith(asked[i])),
-                      key=lambda i: (-scores[i], i))[:NEAREST]
+                      key=lambda i: -scores[i])[:NEAREST]
         return [turn for i in reversed(best) for turn in
                 (*as_messages(demos[i]["prompt"]),
                  {"role": "assistant", "content": demos[i]["response"]})]
@@ -191,7 +187,7 @@ def row_of(args, row, k, reply):
 # Sampling. B = responses in the batch, V = vocabulary
 
 def next_tokens(logits, temperature, top_p, top_k, generator):
-    """Draw one token a row. logits (B, V), any float dtype -> ids (B,)."""
+    """Temperature, then top-k, then top-p, then one draw a row. logits (B, V) -> ids (B,)."""
     import torch
     if temperature == 0:
         return logits.argmax(-1)
@@ -231,34 +227,33 @@ def sample_batch(model, prompts, n, sampling, max_new_tokens, stop_ids, pad_id, 
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
+    # A prompt goes through the model once; its cache is repeated for the n responses
     out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
                 logits_to_keep=1)
     cache = out.past_key_values
     cache.batch_repeat_interleave(n)
-    logits, mask = (t.repeat_interleave(n, 0) for t in (out.logits[:, -1], mask))
-    position = position[:, -1].repeat_interleave(n)
+    logits, mask, position = (t.repeat_interleave(n, 0)
+                              for t in (out.logits[:, -1], mask, position[:, -1:]))
     said = [[] for _ in range(len(prompts) * n)]
-    finish = ["length"] * len(said)
-    alive = torch.arange(len(said), device=device)  # which response each row of the batch is
+    alive = list(range(len(said)))  # which response each row of the batch is
     for _ in range(max_new_tokens):
         ids = next_tokens(logits, *sampling, generator)
-        keep = [j for j, token in enumerate(ids.tolist()) if token not in stop_ids]
-        rows = alive.tolist()
-        for j in set(range(len(rows))) - set(keep):
-            finish[rows[j]] = "stop"
-        for j in keep:
-            said[rows[j]].append(int(ids[j]))
+        for i, token in zip(alive, ids.tolist()):
+            said[i].append(token)
+        keep = [row for row, i in enumerate(alive) if said[i][-1] not in stop_ids]
         if not keep:
             break
-        if len(keep) < len(rows):  # finished responses leave the batch: no work for padding
-            index = torch.tensor(keep, device=device)
-            cache.batch_select_indices(index)
-            ids, alive, mask, position = ids[index], alive[index], mask[index], position[index]
+        if len(keep) < len(alive):  # finished responses leave the batch: no work for padding
+            alive = [alive[row] for row in keep]
+            keep = torch.tensor(keep, device=device)
+            cache.batch_select_indices(keep)
+            ids, mask, position = ids[keep], mask[keep], position[keep]
         position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(input_ids=ids[:, None], attention_mask=mask, position_ids=position[:, None],
+        logits = model(input_ids=ids[:, None], attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True).logits[:, -1]
-    return list(zip(said, finish))
+    return [(tokens[:-1], "stop") if tokens[-1] in stop_ids else (tokens, "length")
+            for tokens in said]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,7 +261,7 @@ def sample_batch(model, prompts, n, sampling, max_new_tokens, stop_ids, pad_id, 
 
 def plan_batches(lengths, n, batch):
     """Indices of prompts, by length, cut so that a batch holds about `batch` responses."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     size = max(1, batch // n)
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -303,8 +298,8 @@ def from_model(args, rows, wanted, turns, counts):
             said = sample_batch(model, [ids[i] for i in members], args.n,
                                 (args.temperature, args.top_p, args.top_k), args.max_new_tokens,
                                 stop, pad, seed=args.seed * 1_000_003 + number)
-        for at, (tokens, finish) in enumerate(said):
-            i, k = members[at // args.n], at % args.n
+        plan = [(i, k) for i in members for k in range(args.n)]
+        for (i, k), (tokens, finish) in zip(plan, said):
             if (i, k) in wanted:
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 if plain:  # a blank line would begin the next demonstration
@@ -352,18 +347,19 @@ def main():
         rows = rows[:args.limit]
         wanted = {(i, k) for i, row in enumerate(rows) for k in range(args.n)
                   if name_of(args, row, k) not in done}
-        prompts = {row["prompt"] for row in done.values()} if args.topics else set()
+        invented = {row["prompt"] for row in done.values()} if args.topics else None
         found = from_server if args.base_url else from_model
         for i, k, row in found(args, rows, wanted, turns, ask or counts) if wanted else ():
             if isinstance(row, str):
                 failed += 1
                 fail({**rows[i], "id": name_of(args, rows[i], k)}, row)
-            elif args.topics and row["prompt"] in prompts:
+            elif args.topics and row["prompt"] in invented:
                 repeated += 1
             else:
                 write(row)
                 cut += row.get("finish") == "length"
-                prompts |= {row["prompt"]} if args.topics else set()
+                if args.topics:
+                    invented.add(row["prompt"])
     report(rows_in=len(rows), rows_out=len(rows) * args.n - failed - repeated,
            already_there=len(rows) * args.n - len(wanted), failed=failed,
            repeated_prompts=repeated, **counts,
