@@ -62,7 +62,8 @@ PROTOCOL = json.loads(Path(__file__).parent.joinpath("data", "protocol.json").re
 LABELS = ("S", "NS", "IR", None)
 BASES = ("base", "base-cool", "base-greedy")
 # Kinds of fact that are easy to farm: F1@K and precision are repeated without each of these groups
-WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",)}
+WITHOUT = {"border_direction": ("border", "direction"), "region": ("region",), "vague": ("vague",),
+           "membership": ("membership",)}
 PLAIN = ("supported", "unsupported", "facts", "words", "words_base", "words_tuned", "ratio",
          "rating", "AUC")  # columns of plain numbers; the others are shares, in per cent
 TABLE = ("f1_at_k", "precision", *PLAIN[:4], "responded", "repeated", "unjudged", "cut_by_length")

@@ -66,28 +66,29 @@ def curves(logs, window=10):
 
 def plane(points, k):
     """Precision over recall at K (FactAlign, figure 3) of {name: {"precision", "recall_at_k"}},
-    each {"mean", "lo", "hi"} in shares. Decodings of a model share a colour; round1, round2, ...
-    are joined. Dotted: where the two means have the same harmonic mean."""
+    each {"mean", "lo", "hi"} in shares. Decodings of a model share a colour, hollow from the eighth
+    on; round1, round2, ... are joined. Dotted: where the two means have the same harmonic mean."""
     figure, (axes,) = canvas(width=7.5, height=5)
     models, paths = {}, {}
     for name in points:
         model, number, decoding = re.fullmatch(
             r"(.*?)((?<=round)\d+)?(-cool|-greedy| best-of)?(?:-\d+)?", name).groups(default="")
-        models.setdefault(model, COLOURS[len(models) % 7])
+        models.setdefault(model, (COLOURS[len(models) % 7], "none" if len(models) > 6 else "full"))
         x, y = points[name]["recall_at_k"], points[name]["precision"]
         if None in (x["mean"], y["mean"]):
             continue
         sides = [[[100 * (at["mean"] - (at["lo"] if at["lo"] is not None else at["mean"]))],
                   [100 * ((at["hi"] if at["hi"] is not None else at["mean"]) - at["mean"])]]
                  for at in (x, y)]
-        axes.errorbar(100 * x["mean"], 100 * y["mean"], *reversed(sides), color=models[model],
-                      marker=MARKERS[decoding], markersize=8, linewidth=1, linestyle="", label=name)
+        axes.errorbar(100 * x["mean"], 100 * y["mean"], *reversed(sides), label=name, linewidth=1,
+                      color=models[model][0], fillstyle=models[model][1], linestyle="",
+                      marker=MARKERS[decoding], markersize=8)
         axes.annotate(name, (100 * x["mean"], 100 * y["mean"]), xytext=(5, 5), fontsize=7,
                       textcoords="offset points")
         if number:
             paths.setdefault((model, decoding), []).append((100 * x["mean"], 100 * y["mean"]))
     for (model, _), path in paths.items():
-        axes.plot(*zip(*path), color=models[model])
+        axes.plot(*zip(*path), color=models[model][0])
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     for f1 in range(5, 100, 5):
         recalls = [f1 / 2 + 0.1 + i / 4 for i in range(401) if f1 / 2 + 0.1 + i / 4 <= 100]

@@ -15,6 +15,7 @@ mkdir -p $D $OUT
 [ "$EVAL" ] || awk '{i=int((NR-1)/4)} (NR-1)%4==i%4' data/prompts_eval.jsonl > $D/eval.jsonl
 awk 'NR % 2' "${PROMPTS:-$D/prompts.jsonl}" > $D/half.jsonl
 export PROMPTS=${PROMPTS:-$D/prompts.jsonl} EVAL=${EVAL:-$D/eval.jsonl} B=$D/base COOL=0
+METHODS=${METHODS:-sft rft kto facttune_fs facttune_mc flame factalign apeft}
 export N=${N:-6} ANSWERS=${ANSWERS:-10} MARGIN=${MARGIN:-0.05}
 
 pack() {  # ROWS NAME: a run's rows in one small file
@@ -23,7 +24,7 @@ pack() {  # ROWS NAME: a run's rows in one small file
       unsure=$1-qa_known_unknown.jsonl $([ $2 = base ] && echo cool=$1-cool.jsonl)
 }
 
-for seed in ${SEEDS:-1 2 3}; do for name in ${METHODS:-sft rft kto facttune_fs facttune_mc flame factalign apeft}; do (
+for seed in ${SEEDS:-1 2 3}; do for name in $METHODS; do (
   read -r _ recipe settings < <(grep "^$name " recipes/methods.txt)
   eval "export SEED=$seed S=$D/samples$seed R=$D/$name$seed $settings"
   [ -e $OUT/$name$seed.json ] && exit
@@ -48,5 +49,8 @@ for file in $A/*-general.jsonl; do   # how many pass their check, or have a judg
   echo "\"$(basename $file -general.jsonl)\": [$(grep -c '"rating": 5.0[,}]' $file), $(wc -l < $file)]"
 done | paste -sd, | sed 's/.*/{&}/' > $OUT/general.json
 $PY 06_eval.py compare $(sets sampled) $(sets cool -cool) $(sets greedy -greedy) --out-json $OUT/sampled.json \
-    --out-md $OUT/sampled.md --pictures $A
+    --out-md $OUT/sampled.md > /dev/null
+# The picture: the methods alone, without ablations and their other decodings
+FILES=$(for name in $METHODS; do ls $A/$name-sampled.jsonl 2> /dev/null; done | sed 's#.*/\(.*\)-sampled#\1=&#')
+$PY 06_eval.py compare base=$A/base-sampled.jsonl base-cool=$A/base-cool.jsonl base-greedy=$A/base-greedy.jsonl $FILES --pictures $A
 cp $A/plane.png $OUT

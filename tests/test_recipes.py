@@ -406,6 +406,16 @@ def test_the_table_that_is_told(tmp_path):
     lines = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, check=True,
                            capture_output=True).stdout.splitlines()
     assert len(lines) > 6 and not {*lines} - {*told.splitlines()}
+    first = (ROOT / "README.md").read_text("utf-8").partition("\n![")[0].splitlines()
+    names = {"base, sampled": "base", "base, greedy": "base-greedy", "SFT on all": "sft",
+             "SFT on the best": "rft", "KTO": "kto", "**FactTune-FS": "facttune_fs",
+             "**FactTune-MC": "facttune_mc", "**FLAME": "flame", "**FactAlign": "factalign",
+             "**APEFT": "apeft"}
+    for said, name in names.items():  # README's first table says no other number
+        row, = (line for line in first if line.startswith(f"| {said}"))
+        cells = [cell for line in lines if line.startswith(f"| {name} |")
+                 for cell in line.split(" | ")]
+        assert {*re.findall(r"[\d.]+ \[.*?\]", row)} <= {*cells}, row
     kept = ROOT / "data/results/compare"
     subprocess.run([sys.executable, "recipes/rows.py", "unpack", tmp_path,
                     *kept.glob("*.jsonl.gz")], cwd=ROOT, check=True)
