@@ -1,7 +1,6 @@
 """Kills, refusals, locks, bad input, Ctrl-C of 01, 02 and 03 (README, Resuming); 01's sampling.
 
-A stage is killed as a real process. A launcher imports torch once and forks for each run, so that
-ten kills of 01 cost seconds; what runs in the fork is the script from its first line.
+A stage is killed as a real process: launcher.py, which imports torch once, forks for each run.
 """
 import fcntl
 import filecmp
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,45 +33,6 @@ SIGMAS = 4
 generate = stage("01_generate")
 verify = stage("03_verify")
 
-LAUNCHER = """
-import gc, json, os, runpy, signal, sys, traceback
-import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
-
-def child(job):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    left = [job["operations"]]
-
-    def hook(event, args):
-        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(job["out"]):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    sys.argv = job["argv"]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)  # at once: taking torch apart would cost a second
-
-gc.freeze()
-for line in sys.stdin:
-    pid = os.fork()
-    os.setpgid(pid, pid)
-    if pid == 0:
-        child(json.loads(line))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 # ---------------------------------------------------------------------------------------------
 # Running a stage
@@ -86,20 +46,29 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def launcher():
-    with subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=ROOT, text=True,
+@contextmanager
+def launch(*modules):
+    """launcher.py with modules that it imports before it forks."""
+    with subprocess.Popen([sys.executable, "tests/launcher.py", *modules], cwd=ROOT, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         yield process
         process.stdin.close()
 
 
-def start(launcher, argv, operations=0):
-    """Fork a run of a stage; operations = n kills it before its n-th file operation on OUT."""
-    out = str(argv[argv.index("--out") + 1])
-    job = {"argv": list(map(str, argv)), "out": out, "operations": operations,
-           "stdout": f"{out}-stdout", "stderr": f"{out}-stderr"}
+@pytest.fixture(scope="module")
+def launcher():
+    with launch() as process:
+        yield process
+
+
+def start(launcher, argv, operations=0, out=None, what=signal.SIGKILL, **more):
+    """Fork a run of a stage; operations = n kills it before its n-th file operation on OUT, or does
+    something else to it (launcher.py). out: OUT, where no --out tells."""
+    out = str(out or argv[argv.index("--out") + 1])
+    job = {"argv": list(map(str, argv)), "out": out, "operations": operations, "calls": 0,
+           "signal": int(what), "bytes": 0, "torn": False, "bound": False,
+           "stdout": f"{out}-stdout", "stderr": f"{out}-stderr", **more}
     launcher.stdin.write(json.dumps(job) + "\n")
     launcher.stdin.flush()
     return int(launcher.stdout.readline())
