@@ -44,7 +44,8 @@ def watch(job, seen):
         elif seen[kind] == job[kind]:
             waits = f"{job['stdout']}-waits"
             os.close(os.open(waits, os.O_CREAT))
-            while os.path.exists(waits):
+            ends = time.time() + 300  # a test that was killed leaves nobody waiting
+            while os.path.exists(waits) and time.time() < ends:
                 time.sleep(0.01)
 
     def operation(event, args):
