@@ -4,7 +4,7 @@
 
 A case is a good file with a few faults in its rows (other types, missing keys, half characters,
 endless numbers, markup) and in its lines (BOM, CRLF, null bytes, torn ends, keys twice). What must
-hold is said once, in `check`. Stages run in this process, from their first line to their last; a
+hold is said once, in `play` and the `kept` functions. Stages run in this process, from their first line to their last; a
 model and a server are played by stand-ins that answer at once.
 """
 import copy
@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from test_reliability import here, snapshot
 
 CASES = int(os.environ.get("NANOFACT_FUZZ", 50))
-HANG = 30  # seconds
+HANG = 100  # seconds, for a reader that has a hundredth of a core
 
 
 # ---------------------------------------------------------------------------------------------
@@ -155,9 +155,7 @@ LINE_FAULTS = st.sampled_from(("bytes", "blank", "twice", "cut", "keys", "other"
 FRAMES = st.sampled_from([(b"", b"\n", b"\n")] * 8 + [
     (b"\xef\xbb\xbf", b"\n", b"\n"), (b"", b"\r\n", b"\r\n"), (b"", b"\n", b""),
     (b"\n\n", b"\n\n", b"\n"), (b"", b"\r", b"\r")])
-
-
-FAULTS_AS_TEXT = [*map(json.dumps, NASTY)]  # read anew, each is a value of its own
+NASTY_JSON = [*map(json.dumps, NASTY)]  # read anew, each is a value of its own
 
 
 @st.composite
@@ -173,7 +171,7 @@ def faulty(draw, text):
         if not row:
             break
         place, key = one(list(slots(row)))
-        how, fault = draw(ROW_FAULTS), json.loads(one(FAULTS_AS_TEXT))
+        how, fault = draw(ROW_FAULTS), json.loads(one(NASTY_JSON))
         if how == "drop":
             place.pop(key)
         elif how == "wrap":
@@ -507,6 +505,7 @@ READERS = [
 
 
 # ---------------------------------------------------------------------------------------------
+# What must hold
 
 # Refusals in other words than `file:line: expected ..., found ...`: no line of the file is at fault
 OTHERWISE = {"04_build_prefs": "no rows to train on", "05_train": "KTO needs responses"}
@@ -544,8 +543,8 @@ def begun(folder, script, fuzzed, flags, kept, loss):
 
 
 def play(case, data):
-    """Give a stage one file with faults among good ones, and see what becomes of it: True where the
-    file was taken."""
+    """Give a stage one file with faults among good ones. True: it was taken, and nothing of it is
+    lost or changed. False: it was refused, in one line, and nothing was written."""
     shutil.rmtree(case.made, ignore_errors=True)
     case.data = data
     case.file.write_bytes(data)
@@ -557,7 +556,7 @@ def play(case, data):
         there = {path.name for path in case.made.glob("*")} - {"new.tmp"}  # prepare.py's, resumed
         assert not there, f"refused, but wrote {sorted(there)}"
         assert case.file.read_bytes() == data
-        form = rf"{re.escape(str(case.made.parent))}/\S+: expected .+, found:? .+\n"
+        form = rf"{re.escape(str(case.made.parent))}/\S+: expected .+, (found:?|not so in) .+\n"
         last = case.err.splitlines()[-1] if case.err else ""
         assert re.fullmatch(form, case.err) or last.startswith(
             OTHERWISE.get(case.script, "-")), case.err
@@ -623,11 +622,9 @@ def half_fact_based(rows):
     del rows[1]["sentences"][0]["facts"][0]["label"]
 
 
-def everywhere(*edits):
-    def edit(rows):
-        for one in edits:
-            one(rows)
-    return edit
+def bad_prompts(rows):
+    for row in rows:
+        row["prompt"] = BAD
 
 
 FACT = "sentences", 1, "facts", 0
@@ -648,10 +645,10 @@ FAULTS = [  # reader, edit of its good rows, sign
     ("04 --answers", put(BAD, 1, "prompt"), "05 refuses"),
     ("04 --given", put(BAD, 1, "prompt"), "05 refuses"),
     ("04 --general", put(BAD, 0, "prompt"), "05 refuses"),
-    ("04 sft", everywhere(put(BAD, 0, "prompt"), put(BAD, 1, "prompt")), "05 refuses"),
+    ("04 sft", bad_prompts, "05 refuses"),
     ("05 dpo", put([], 0, "prompt"), "empty conversation"),
     ("05 dpo", put("user<|im_start|>", 0, "prompt", 0, "role"), "markup opens a turn"),
-    ("06 compare tuned", put(math.nan, 0, "sentences", 0, "start"), "NaN is no JSON"),
+    ("06 compare tuned", put(math.nan, 0, "sentences", 0, "start"), "(NaN|Infinity) is no JSON"),
     ("06 shift", put(BAD, 0, "prompt"), "in prompt_ids"),
     ("06 qa", put("a{99999999999}", 0, "check"), "repetition number is too large")]
 KNOWN = re.compile("|".join(sign for *_, sign in FAULTS))
@@ -674,7 +671,7 @@ def test_known_fault(name, edit, sign, tmp_path):
 def test_any_sqlite_is_read_or_refused(more, tmp_path):
     """03 --corpus with values of all types of SQLite's, and with bytes that are no SQLite."""
     value = st.sampled_from(["Fiji", "Tonga", "Its capital is Suva.", b"a", b"\xff", *(
-        x for x in NASTY if type(x) in (str, float, bool, None) or x in (0, 1, -1))])
+        x for x in NASTY if type(x) in (str, float) or x is None or x in (0, 1, -1))])
     cuts = st.none() | st.tuples(st.integers(0, 99), st.sampled_from(BYTES), st.booleans())
     case = begun(tmp_path, "03_verify", "pages", "--in {rows} --out {out} --corpus {pages}" + more,
                  None, "")
@@ -717,25 +714,17 @@ def test_any_bytes_are_read_or_refused(tmp_path):
     check()
 
 
-@pytest.mark.parametrize("which", ["out.jsonl", "out.jsonl.args.json"])
-def test_any_output_is_resumed_or_refused(which, tmp_path):
-    """What a stage reads of its own last run."""
+@pytest.mark.xfail(strict=True, reason="02: a damaged output of its own ends in a traceback")
+@pytest.mark.parametrize("which, data", [
+    *[("out.jsonl", data) for data in (b"x\n", b"[1]\n", b"{}\n", b"\xff\n")],
+    *[("out.jsonl.args.json", data) for data in (b"", b"x", b"[1]", b"{}", b"\xff")]])
+def test_damaged_output_is_refused(which, data, tmp_path):
     flags = ["--in", write_rows(tmp_path / "in.jsonl", ROWS), "--out", tmp_path / "out.jsonl"]
     assert here("02_decompose", *flags)[0] == 0
-    whole = snapshot(tmp_path)
-
-    @settings(max_examples=CASES, deadline=None, derandomize=True, database=None,
-              suppress_health_check=HealthCheck)
-    @given(faulty(json.dumps(read_rows(tmp_path / which))))
-    def check(data):
-        for path, was in whole.items():
-            path.write_bytes(data if path.name == which else was)
-        before = snapshot(tmp_path)
-        code, _, err = here("02_decompose", *flags)
-        assert code in (0, 1, 2), err
-        assert code != 2 or err.count("\n") == 1 and snapshot(tmp_path) == before, err
-
-    check()
+    (tmp_path / which).write_bytes(data)
+    before = snapshot(tmp_path)
+    code, _, err = here("02_decompose", *flags)
+    assert code == 2 and err.count("\n") == 1 and snapshot(tmp_path) == before, err
 
 
 def fat(rows, what):
