@@ -4,8 +4,8 @@
 
 A case is a good file with a few faults in its rows (other types, missing keys, half characters,
 endless numbers, markup) and in its lines (BOM, CRLF, null bytes, torn ends, keys twice). What must
-hold is said once, in `play` and the `kept` functions. Stages run in this process, from their first line to their last; a
-model and a server are played by stand-ins that answer at once.
+hold is said once, in `play` and the `kept` functions. Stages run in this process, from their first
+line to their last; a model and a server are played by stand-ins that answer at once.
 """
 import copy
 import io
