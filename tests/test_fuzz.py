@@ -612,6 +612,12 @@ def database(*rows):
         return db.serialize()
 
 
+def damaged(rows):
+    """A table whose first rows can be read: the long text goes on in a page that is not there."""
+    data = database(("a", "b"), ("Fiji", "x" * 20_000))
+    return data[:8192] + b"\xff" * 4 + data[8196:]
+
+
 def instead(old, new):
     """The first row, as bytes, with other words in it."""
     return lambda rows: json.dumps(rows[0]).encode().replace(old, new, 1)
@@ -638,6 +644,7 @@ FAULTS = [  # reader, edit of its good rows, sign
     ("03 confidence --answers", put([["x"]], 0, "question"), "in sampled_answers"),
     ("03 --corpus", lambda rows: database(("Fiji", 7)), "in cut"),
     ("03 --corpus", lambda rows: database(("a", "b"), ("c", None)), "refused, but wrote .'out"),
+    ("03 --corpus", damaged, "sqlite3.DatabaseError"),
     ("04 flame", half_fact_based, "in verdicts"),
     ("04 flame", put(10 ** 400, 0, "rating"), "int too large to convert to float"),
     ("04 apeft", put("x", 0, "sentences", 0, "facts", 0, "answers", 0, "count"), "in best_answer"),
