@@ -223,14 +223,17 @@ class Lost(Exception):
 
 def text_of(data):
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")  # a byte order mark is no part of a text
     except UnicodeDecodeError:
         raise Lost("bytes that are no UTF-8") from None
 
 
-def meant(data, stem):
+LINE_ENDS = "\r\n|\r|\n"
+
+
+def meant(data, stem, ends=LINE_ENDS):
     """The rows that the bytes of a file hold. Raises Lost."""
-    lines = re.split("\r\n|\r|\n", text_of(data))
+    lines = re.split(ends, text_of(data))
     rows = [{**json.loads(line, object_pairs_hook=once, parse_float=number), "#": n}
             for n, line in enumerate(lines, 1) if line.strip()]
     for row in rows:
@@ -284,7 +287,7 @@ def kept_rows(case):
 
 def kept_topics(case):
     """01 --topics: each line that has one is a topic, as it stands there."""
-    lines = [line.strip() for line in re.split("\r\n|\r|\n", text_of(case.data))]
+    lines = [line.strip() for line in re.split(LINE_ENDS, text_of(case.data))]
     rows = read_rows(case.out)  # one: the stand-in always writes the same prompt
     assert int(numbers(case.err)["rows_in"]) == len([*filter(None, lines)]), "other topics"
     assert [row["domain"] for row in rows] == [*filter(None, lines)][:1], "other topics"
@@ -563,7 +566,8 @@ def play(case, data):
         return False
     assert code in (0, 1, None), case.err
     if case.kept:
-        case.rows = None if case.fuzzed == "topics" else meant(data, case.fuzzed)
+        ends = "\n" if case.script == "data/prepare" else LINE_ENDS  # to JSON, \r is a blank
+        case.rows = None if case.fuzzed == "topics" else meant(data, case.fuzzed, ends)
         case.kept(case)
     return True
 
