@@ -391,7 +391,7 @@ def stand_ins(module):
         module.fingerprint = lambda *_: "key"
         module.reference_logps = lambda *_: {}
         module.train = lambda model, steps, held, reference, args, *_: [
-            module.losses_of(sum(step, []), *[logps_of(step)] * 2, args)
+            module.losses_of([*rows_in(step)], *[logps_of(step)] * 2, args)
             for step in (*steps, held) if step]
     if module.__name__ == "data/prepare":
         module.index = lambda path: None
@@ -415,9 +415,15 @@ def encoded(encode_rows, tokenizer, rows, args):
     return found
 
 
+def rows_in(step):
+    """The rows of a step, however its lists are nested."""
+    for part in step:
+        yield from [part] if isinstance(part, dict) else rows_in(part)
+
+
 def logps_of(step):
     """Log-probs of a step's responses."""
-    rows = [row for rank in step for row in rank]
+    rows = [*rows_in(step)]
     rows += [row["other"] for row in rows if "other" in row]
     return {r: torch.zeros(len(r[1])) for row in rows for r in row["responses"]}
 
@@ -639,13 +645,13 @@ def bad_prompts(rows):
 
 FACT = "sentences", 1, "facts", 0
 BAD = ["Say a."]  # as a prompt
+NO_REGEX = r"in wrong_\w+[\s\S]*(RecursionError|number is too large)"
 FAULTS = [  # reader, edit of its good rows, sign
     ("02 rules", instead(b"{", b'{"id": "first", '), "a key that comes twice"),
     ("02 rules", instead(b"Suva", b"Suv\xe1"), "bytes that are no UTF-8"),
     ("02 rules", instead(b"5.0", b"1e999"), "a number that no float holds"),
     ("01 --topics", lambda rows: "Fiji\u2028Tonga\n".encode(), "other topics"),
     ("03 confidence", put(["x"], 0, *FACT, "evidence"), "in mark_repeats"),
-    ("03 confidence --answers", put([["x"]], 0, "question"), "in sampled_answers"),
     ("03 --corpus", lambda rows: database(("Fiji", 7)), "in cut"),
     ("03 --corpus", lambda rows: database(("a", "b"), ("c", None)), "refused, but wrote .'out"),
     ("03 --corpus", damaged, r"sqlite3\.\w+Error"),
@@ -661,7 +667,8 @@ FAULTS = [  # reader, edit of its good rows, sign
     ("05 dpo", put("user<|im_start|>", 0, "prompt", 0, "role"), "markup opens a turn"),
     ("06 compare tuned", put(math.nan, 0, "sentences", 0, "start"), "(NaN|Infinity) is no JSON"),
     ("06 shift", put(BAD, 0, "prompt"), "in prompt_ids"),
-    ("06 qa", put("a{99999999999}", 0, "check"), "repetition number is too large")]
+    ("03 rate", put("(" * 3000 + ")" * 3000, 0, "check"), NO_REGEX),
+    ("06 qa", put("a{99999999999}", 0, "check"), NO_REGEX)]
 KNOWN = re.compile("|".join(sign for *_, sign in FAULTS))
 
 
