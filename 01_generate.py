@@ -96,12 +96,8 @@ def parse_args():
 # What is asked, and what a reply becomes
 
 def wrong_parts(row):
-    """What was expected of a prompt that is neither text nor messages; None where it is."""
-    keys = ("role", "content")
-    good = [isinstance(m, dict) and all(isinstance(m.get(key), str) for key in keys)
-            and m["role"].isidentifier() for m in as_messages(row["prompt"])]
-    if not good or not all(good) or not isinstance(row.get("prefix", ""), str):
-        return "'prompt' as text or messages {role, content}, and 'prefix' as text"
+    """What was expected of a prefix that is no text; None where it is."""
+    return None if isinstance(row.get("prefix", ""), str) else "'prefix' as text"
 
 
 def read_prompts(args):
@@ -110,11 +106,14 @@ def read_prompts(args):
         path = args.inp = Path(args.topics)
         if not path.is_file():
             die(f"{path}: no such file; it holds a topic a line")
-        text = path.read_text("utf-8", "replace")
+        try:
+            text = path.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            die(f"{path}: expected UTF-8, found {error.object[error.start:error.start + 9]}")
         if text.startswith("{"):
             die(f"{path}:1: expected a topic a line, found JSON")
         rows = [{"id": f"{path.stem}-{n}", "topic": line.strip()}
-                for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+                for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         rows = read_jsonl(args.inp, {"prompt": (str, list)}, parts=wrong_parts)
         for row in rows:

@@ -313,10 +313,13 @@ def wrong_part(row, args):
         else:
             facts = sum((sentence["facts"] for sentence in row["sentences"]), [])  # lists only
             "".join(part for fact in facts for part in (fact["text"], question_of(fact) or ""))
-    except (re.error, OverflowError, LookupError, TypeError):
+            for e in [e for fact in facts for e in args.answers and fact.get("evidence") or []]:
+                "".join((e["text"], e.get("field", "")))  # repeats are told by it
+    except (re.error, OverflowError, RecursionError, LookupError, TypeError, AttributeError):
         return ("'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
                 if args.method == "rate" else
-                "'sentences' as [{'facts': [{'text': ..., 'question'?: ...}]}]")
+                "'sentences' as [{'facts': [{'text': ..., 'question'?: ..., 'evidence'?: [{'text': "
+                "..., 'field'?: ...}]}]}]")
 
 
 def sampled_answers(args, rows):
@@ -427,6 +430,8 @@ def main():
     answers = sampled_answers(args, rows) if args.answers else None
     c = None if who in ("rate", "confidence") else {**corpus.open_corpus(args.corpus), "open": {}}
     args.corpus_sha256 = c and corpus.digest(c)
+    for topic in {row["topic"] for row in rows} if c else ():
+        corpus.passages_of(c, corpus.find_page(c, topic)[0])  # bad pages show before OUT is made
     ask, spent = None, {}
     if who == "llm" or who == "rate" and args.model:
         args.prompts_sha256 = digest(map(template, ("query", "verdict", "rate")))

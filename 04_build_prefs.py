@@ -56,7 +56,8 @@ from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 
-from common import as_messages, die, dumps, read_jsonl, report, run, same_run, write_whole
+from common import (as_messages, die, dumps, is_prompt, read_jsonl, report, run, same_run,
+                    write_whole)
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
 CONFIDENCE = ("max", "exp", "neg_ent")  # FactTune-MC's scores
@@ -357,7 +358,10 @@ def general(row):
     """KTO rows of a row of general data: a response rated 4 or more (good) or 2 or less, both sides
     of a pair, which may repeat the prompt (UltraFeedback-binarized), a labelled one (kto-mix).
     None where the row is none of these."""
+    said_by = [row[name] for name in ("prompt", "chosen", "rejected", "completion") if name in row]
     finish = row.get("finish", "stop")
+    if not all(map(is_prompt, said_by)) or finish not in ("stop", "length"):
+        return None
     match row:
         case {"prompt": str() | list(), "rating": int() | float() | None as rating,
               "response": str(said)}:
@@ -466,11 +470,11 @@ def read_groups(args):
     rows, groups, files, asked = [], {}, {}, {}
 
     def wrong(row):
-        prompt = row["prompt"], topic_of(row)
+        prompt = row["prompt"], topic_of(row), bool(row.get("fact_based"))
         if files.setdefault(row["id"], path) != path:
             return "an id that no earlier file has"
         if asked.setdefault(row["prompt_id"], prompt) != prompt:
-            return f"the prompt and topic that {row['prompt_id']!r} had before"
+            return f"the prompt, topic and fact_based that {row['prompt_id']!r} had before"
         return fault(row, args)
 
     for path in args.inp:

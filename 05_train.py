@@ -487,8 +487,12 @@ def train(model, steps, held, reference, args, key, folder, log):
 
     for number in progress(range(start, len(steps) + 1), unit="step"):
         if args.save_every and number % args.save_every == 0 and number > start and RANK == 0:
-            torch.save({"key": key, "step": number, "end_of_log": log.tell(),
-                        "optimizer": optimizer.state_dict(), "weights": weights}, folder / "new")
+            try:
+                torch.save({"key": key, "step": number, "end_of_log": log.tell(),
+                            "optimizer": optimizer.state_dict(), "weights": weights},
+                           folder / "new")
+            except RuntimeError as error:  # its word for a full disk
+                raise OSError(f"{folder / 'new'}: cannot be written: {error!r:.200}") from None
             os.replace(folder / "new", folder / f"step-{number:07d}.pt")  # whole, or not there
             sweep(folder, keep=2)
         if held and (number % (args.eval_every or len(steps)) == 0 or number == len(steps)):

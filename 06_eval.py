@@ -671,7 +671,8 @@ def read_replies(path, parts=lambda row: None):
             row["shown"] = {"prompt": asked if turns[1:] else turns[0]["content"],
                             "response": said or "(empty)"}
             return parts(row)
-        except (TypeError, KeyError, AttributeError, IndexError, re.error):
+        except (TypeError, KeyError, AttributeError, IndexError, re.error, OverflowError,
+                RecursionError):
             return ("'prompt' as text or as messages of 'role' and 'content', 'check' as a regex, "
                     "'answer' as text or a list")
     return read_jsonl(path, {"prompt": (str, list), "response": str}, "01_generate.py", parts=wrong)

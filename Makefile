@@ -38,9 +38,11 @@ test: world
 	$(PY) -m ruff check --line-length 100 --select E,F,W .
 	$(PY) -m pytest -q tests
 
-# 200 runs disturbed at random moments, by kills, full disks, a second process, ...; make test has 12
+# 200 runs disturbed at random moments, by kills, full disks, a second process, ... (make test has
+# 12); 2,000 damaged files for each reader of each stage (make test: 50)
 chaos: world
 	NANOFACT_CHAOS=200 $(PY) -m pytest -q tests/test_chaos.py
+	NANOFACT_FUZZ=2000 $(PY) -m pytest -q -rP tests/test_fuzz.py
 
 # 05 side by side with TRL, which goes into runs/bench and nowhere else; sampling, calls and search
 # beside what they replace; 40 minutes, nothing beside it

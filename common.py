@@ -58,8 +58,7 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         os._exit(130)  # at once: calls under way are not waited for
-    except (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError,
-            NotADirectoryError) as error:
+    except (OSError, sqlite3.Error) as error:  # no such folder, no permission, no room
         die(error)
     except Exception:
         traceback.print_exc()
@@ -73,6 +72,27 @@ def dumps(row):
     return json.dumps(row, ensure_ascii=False)
 
 
+def is_prompt(value):
+    """Text, or messages {role, content} whose role is a word: markup in it would open a turn."""
+    return isinstance(value, str) or isinstance(value, list) and bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str)
+        and isinstance(m.get("role"), str) and m["role"].isidentifier() for m in value)
+
+
+def read_line(text):
+    """The JSON of a line. ValueError, too, where a key comes twice, one of which would be lost, and
+    of what could not be written again: half a character, what is no UTF-8, 1e999."""
+    def each_once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key twice")
+        return dict(pairs)
+
+    found = json.loads(text, object_pairs_hook=each_once,
+                       parse_int=lambda n: int(n) if len(n) < 99 else float("inf"))
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    return found
+
+
 def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: None):
     """All rows of `path` as dicts, validated whole: an error names file, line and what is expected.
 
@@ -83,13 +103,12 @@ def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: Non
     if not path.is_file():
         die(f"{path}: no such file" + ", but a folder" * path.is_dir()
             + f"; {made_by} makes it" * bool(made_by))
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                dumps(row).encode()  # half a character can be read, but not written
+                row = read_line(line)
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
@@ -103,6 +122,9 @@ def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: Non
                     source = f" ({made_by} writes it)" * bool(made_by)
                     found = f"{row[field]!r:.40}" if field in row else f"only {sorted(row)}"
                     die(f"{path}:{n}: expected {field!r} as {name}{source}, found {found}")
+            if "prompt" in required and not is_prompt(row["prompt"]):
+                die(f"{path}:{n}: expected 'prompt' as text or messages {{role, content}}, found "
+                    f"{dumps(row['prompt'])[:60]}")
             if wrong := parts(row):
                 die(f"{path}:{n}: expected {wrong}, found {dumps(row)[:60]!r}")
             if unique and first.setdefault(row["id"], n) != n:
@@ -139,15 +161,18 @@ def same_run(out, args, rows):
     if out.exists() and out.stat().st_size and not args.overwrite:  # empty: killed at birth
         if not memo.exists():
             die(f"{out} is there, but {memo.name} is not: no stage made it. {other}")
-        old = json.loads(memo.read_text(encoding="utf-8"))
-        was = old["flags"]
+        try:
+            old = json.loads(memo.read_text(encoding="utf-8"))
+            was, n, sha256 = old["flags"], old["rows"], old["sha256"]
+        except (ValueError, KeyError, TypeError):
+            die(f"{memo}: expected flags, rows and sha256 of {out.name}, found other. {other}")
         if getattr(args, "retry_null", False):  # it is for a corpus that has grown since
             was |= {k: flags[k] for k in ("corpus_sha256", "answers_sha256") if k in flags}
         changed = [f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
                    for k in sorted(flags | was) if was.get(k) != flags.get(k)]
         if changed:
             die(f"{out} was made with other flags ({', '.join(changed)}). {other}")
-        if len(rows) < old["rows"] or digest(rows[:old["rows"]]) != old["sha256"]:
+        if len(rows) < n or digest(rows[:n]) != sha256:
             die(f"{out} was made from other rows than {args.inp} now holds. {other}")
     return memo, dumps({"flags": flags, "rows": len(rows), "sha256": digest(rows)}) + "\n"
 
@@ -161,10 +186,16 @@ def lock(f, out):
             die(f"{out}: another process is writing it")
 
 
-def rows_there(data, again):
+def rows_there(out, data, again):
     """{id: row} of an output's bytes, without what a kill left behind the last newline."""
-    rows = map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())
-    return {row["id"]: row for row in rows if not again(row)}
+    done = {}
+    for n, line in enumerate(data[:data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            done |= {} if again(row) else {row["id"]: row}
+        except (ValueError, TypeError, KeyError):
+            die(f"{out}:{n}: expected a row that this stage wrote, found {line[:60]!r}")
+    return done
 
 
 @contextmanager
@@ -184,7 +215,7 @@ def output(args, rows, again=lambda row: False):
     memo, text = same_run(out, args, rows)
     if getattr(args, "dry_run", False):
         data = b"" if args.overwrite or not out.exists() else out.read_bytes()
-        yield rows_there(data, again), lambda row: None, lambda *row: None
+        yield rows_there(out, data, again), lambda row: None, lambda *row: None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a+b") as f:
@@ -194,7 +225,7 @@ def output(args, rows, again=lambda row: False):
         write_whole(memo, text)
         f.seek(0)
         data = f.read()
-        done = rows_there(data, again)
+        done = rows_there(out, data, again)
         failed.unlink(missing_ok=True)
         kept = "".join(dumps(row) + "\n" for row in done.values()).encode()
         if kept != data:  # killed in here, the rest is merely made again

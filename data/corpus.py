@@ -141,6 +141,8 @@ def passages_of(c, title):
     if c["pages"] is not None:
         return c["pages"].get(title, [])
     found = one(documents(c), TITLED, title)
+    if found and not isinstance(found[1], str):
+        die(f"{c['path']}: expected the text of {title!r:.60} as text, found {found[1]!r:.40}")
     return cut(*found) if found else []
 
 

