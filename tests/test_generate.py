@@ -636,9 +636,10 @@ def test_refused_in_one_line(case, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
-@pytest.mark.parametrize("text, code", [(None, 2), (b"", 2), (b"\n \n", 2), (b"Caf\xe9\n", 0)])
+@pytest.mark.parametrize("text, code", [(None, 2), (b"", 2), (b"\n \n", 2), (b"Caf\xe9\n", 2),
+                                        ("Caf\xe9\n".encode(), 0)])
 def test_topics_that_are_none(text, code, tmp_path):
-    """No file, no line; a byte that is not UTF-8 is a character like others, as in all JSONL."""
+    """No file, no line, a byte that is not UTF-8."""
     path = tmp_path / "in.txt"
     if text is not None:
         path.write_bytes(text)
