@@ -416,6 +416,11 @@ def test_the_table_that_is_told(tmp_path):
         cells = [cell for line in lines if line.startswith(f"| {name} |")
                  for cell in line.split(" | ")]
         assert {*re.findall(r"[\d.]+ \[.*?\]", row)} <= {*cells}, row
+        facts = [fact for output in read_rows(ROOT / "data/results/blind_compare.jsonl")
+                 for sentence in output["sentences"] for fact in sentence["facts"]
+                 if output["set"] == name and not fact.get("repeats")]
+        true = [fact[reader] == "S" for fact in facts for reader in ("human", "second")]
+        assert row.split("|")[-2].strip() == (f"{100 * sum(true) / len(true):.0f}" if true else "")
     kept = ROOT / "data/results/compare"
     subprocess.run([sys.executable, "recipes/rows.py", "unpack", tmp_path,
                     *kept.glob("*.jsonl.gz")], cwd=ROOT, check=True)
