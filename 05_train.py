@@ -351,7 +351,7 @@ def reference_logps(model, steps, args, key):
                 with torch.no_grad():
                     found = {**completion_logps(model, batch, args), **found}
     if RANK == 0:
-        aside = f"{path}.{os.getpid()}.tmp"  # another run may want the same
+        aside = f"{path}.{Path(args.out).name}.tmp"  # another run may want the same
         save_file({"logps": torch.cat([found[response] for response in order])}, aside)
         os.replace(aside, path)
     return found
