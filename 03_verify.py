@@ -313,8 +313,8 @@ def wrong_part(row, args):
         else:
             facts = sum((sentence["facts"] for sentence in row["sentences"]), [])  # lists only
             "".join(part for fact in facts for part in (fact["text"], question_of(fact) or ""))
-            for e in [e for fact in facts for e in args.answers and fact.get("evidence") or []]:
-                "".join((e["text"], e.get("field", "")))  # repeats are told by it
+            shown = [e for fact in facts for e in args.answers and fact.get("evidence") or []]
+            "".join(part for e in shown for part in (e["text"], e.get("field", "")))
     except (re.error, OverflowError, RecursionError, LookupError, TypeError, AttributeError):
         return ("'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
                 if args.method == "rate" else
