@@ -76,6 +76,8 @@ def parse_args():
         args.n, args.temperature = 1, 0.0
     if bool(args.inp) == bool(args.topics) or args.topics and (args.classify or args.postamble):
         die("expected one of --prompts and --topics, --classify and --postamble with --prompts")
+    if args.few_shot and (args.topics or args.classify):
+        die("expected --few-shot with --prompts and without --classify, which asks on its own")
     if args.n < 1 or args.batch < 1 or args.max_new_tokens < 1:
         die("--n, --batch and --max-new-tokens must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:

@@ -43,7 +43,7 @@ import sys
 from collections import Counter
 
 import rules
-from common import (answer_of, arguments, as_messages, chat, chat_arguments, die, digest,
+from common import (arguments, as_messages, chat, chat_arguments, die, digest, last_line,
                     load_model, output, progress, read_jsonl, report, run, template, workers)
 from data import corpus
 
@@ -201,14 +201,9 @@ def nli(claim, topic, page, c, args, supported):
             "evidence": rank_passages(claim, indexed(best), args.top)}
 
 
-def last_line(reply, pattern):
-    """The match of `pattern` with the last line of a finished reply, or None."""
-    return re.fullmatch(pattern, answer_of(reply).strip().rpartition("\n")[2].strip())
-
-
 def verdict(reply):
-    found = last_line(reply, r"(?i)\W*(?:(?:final )?(?:verdict|answer|judge?ment)\W*:)?"
-                             r"\W*\[(supported|not supported)\]\W*")
+    found = re.fullmatch(r"(?i)\W*(?:(?:final )?(?:verdict|answer|judge?ment)\W*:)?"
+                         r"\W*\[(supported|not supported)\]\W*", last_line(reply))
     return found and {"supported": "S", "not supported": "NS"}[found[1].lower()]
 
 
@@ -223,8 +218,8 @@ def llm(claim, topic, page, c, args, ask):
 
     while len(queries) < args.steps:
         query = ask(template("query", topic=topic, statement=claim, evidence=shown()),
-                    lambda reply: last_line(reply, r"(?i)\W*query:\W*(\w.*)"), f"Query: {claim}",
-                    **params)
+                    lambda reply: re.fullmatch(r"(?i)\W*query:\W*(\w.*)", last_line(reply)),
+                    f"Query: {claim}", **params)
         query = query[1] if query else claim  # an answer without a query: the claim is one
         if query in queries:
             break
@@ -243,8 +238,9 @@ def rating(row, args, ask):
         return 5.0 if re.search(row.get("check") or args.check, row["response"].strip()) else 1.0
     asked = template("rate", prompt=as_messages(row["prompt"])[-1]["content"],
                      response=row["response"])
-    marks = [ask(asked, lambda reply: last_line(reply, r"(?i)\W*rating:\W*\[([1-5])\]\W*"),
-                 "Rating: [3]", temperature=0.7, max_tokens=args.max_tokens, seed=seed)
+    form = r"(?i)\W*rating:\W*\[([1-5])\]\W*"
+    marks = [ask(asked, lambda reply: re.fullmatch(form, last_line(reply)), "Rating: [3]",
+                 temperature=0.7, max_tokens=args.max_tokens, seed=seed)
              for seed in range(args.seed, args.seed + 30, 10)]  # and a retry takes the next
     return None if None in marks else round(sum(int(mark[1]) for mark in marks) / 3, 4)
 
@@ -308,16 +304,14 @@ def wrong_part(row, args):
     """What was expected inside a row's fields, or None: it is tried what the work will do."""
     try:
         if args.method == "rate":
-            check = "" if args.model else row.get("check") or args.check
-            re.compile(as_messages(row["prompt"])[-1]["content"][:0] + check)
+            re.compile("" if args.model else row.get("check") or args.check)
         else:
             facts = sum((sentence["facts"] for sentence in row["sentences"]), [])  # lists only
             "".join(part for fact in facts for part in (fact["text"], question_of(fact) or ""))
             shown = [e for fact in facts for e in args.answers and fact.get("evidence") or []]
             "".join(part for e in shown for part in (e["text"], e.get("field", "")))
     except (re.error, OverflowError, RecursionError, LookupError, TypeError, AttributeError):
-        return ("'prompt' as text or messages, and 'check' as a regex (or --model and --base-url)"
-                if args.method == "rate" else
+        return ("'check' as a regex (or --model and --base-url)" if args.method == "rate" else
                 "'sentences' as [{'facts': [{'text': ..., 'question'?: ..., 'evidence'?: [{'text': "
                 "..., 'field'?: ...}]}]}]")
 

@@ -96,6 +96,11 @@ def parse_args():
         die("expected --warmup < 1, --label-smoothing < 0.5, --lora-r <= 64 (vLLM's)")
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").exists():
         die(f"{args.adapter}: expected a folder with a LoRA adapter, found no adapter_config.json")
+    if args.optim == "adamw8bit":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            die("--optim adamw8bit needs the package bitsandbytes")
     if args.kind_weights and args.loss in ("sft", "factalign"):
         die(f"--kind-weights weigh the rows of the other losses, not of {args.loss}")
     return args
@@ -139,10 +144,10 @@ def like(value, example):
 
 def lacks(row, loss):
     """What is expected of a row and not there; None where all is."""
-    needed = ("prompt", *sides(loss), *["label"] * (loss in KTO))
+    needed = (*sides(loss), *["label"] * (loss in KTO))
     for name, example in ROW.items():
-        value = as_messages(row[name]) if name == "prompt" else row.get(name)
-        if name != "finish" and not like(value, example) and (name in needed or value is not None):
+        missing = row.get(name) is None and name not in needed
+        if not (missing or name in ("prompt", "finish") or like(row.get(name), example)):
             return f"{name!r} like {dumps(example)}"
     for side in sides(loss):
         if (len(row[side]) != 1 or finish(row, side) not in ("stop", "length")
@@ -203,8 +208,8 @@ def encode_rows(tokenizer, rows, args):
             ids = sentence_ids(tokenizer, text, spans)
         kept = sorted({*ids} - {-1})  # a sentence without a token has no log-probability
         ids += [-1] * (len(responses[0][1]) - len(ids))
-        found.append({"id": row["id"], "prompt_id": row.get("prompt_id", dumps(row["prompt"])),
-                      "kind": row.get("kind", ""), "label": row.get("label"),
+        found.append({"id": row["id"], "prompt_id": row.get("prompt_id") or dumps(row["prompt"]),
+                      "kind": row.get("kind") or "", "label": row.get("label"),
                       "responses": responses, "sentences": [labels[n] for n in kept],
                       "sentence_ids": [kept.index(n) if n >= 0 else -1 for n in ids]})
     return found
@@ -464,10 +469,7 @@ def train(model, steps, held, reference, args, key, folder, log):
     import torch
     weights, start, end_of_log = [w for w in model.parameters() if w.requires_grad], 0, 0
     if args.optim == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            die("--optim adamw8bit needs the package bitsandbytes")
+        from bitsandbytes.optim import AdamW8bit
         optimizer = AdamW8bit(weights, weight_decay=0.0)
     elif args.optim == "rmsprop":
         optimizer = torch.optim.RMSprop(weights)
@@ -585,9 +587,10 @@ def main():
     if args.loss == "factalign" and not any(row["sentences"] for row in rows):
         die(f"{args.inp}: expected rows with sentences ({', '.join(SENTENCES)}), found none")
     check_head(model, rows[0]["responses"][0])
-    weigh("rows", [row["label"] for row in rows], args.desirable_weight, args.undesirable_weight)
-    weigh("sentences", sum((row["sentences"] for row in rows), []),
-          args.sentence_desirable_weight, args.sentence_undesirable_weight)
+    if args.loss in KTO:
+        weigh("rows", [r["label"] for r in rows], args.desirable_weight, args.undesirable_weight)
+        weigh("sentences", sum((row["sentences"] for row in rows), []),
+              args.sentence_desirable_weight, args.sentence_undesirable_weight)
     steps = plan(rows, args, args.batch, args.epochs, args.halves)
     held_step = plan(held, args, len(held), 1) if held else []  # one large step
     key, reference = fingerprint(model, steps + held_step, args), {}

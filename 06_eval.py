@@ -53,7 +53,7 @@ from pathlib import Path
 from statistics import fmean, median
 from textwrap import shorten
 
-from common import (answer_of, as_messages, chat, chat_arguments, die, load_model, progress,
+from common import (as_messages, chat, chat_arguments, die, last_line, load_model, progress,
                     prompt_ids, read_jsonl, report, run, template, workers, write_whole)
 from data import pictures
 from rules import ascii_lower
@@ -663,31 +663,28 @@ def read_replies(path, parts=lambda row: None):
     """01's rows or later ones. Adds "shown", what a judge sees: all turns and the response; and
     "said", the response with plain apostrophes."""
     def wrong(row):
+        turns, said = as_messages(row["prompt"]), spoken(row["response"])
+        asked = "\n\n".join(f"{turn['role'].title()}: {turn['content']}" for turn in turns)
+        row["said"] = said.replace("\u2019", "'")
+        row["shown"] = {"prompt": asked if turns[1:] else turns[0]["content"],
+                        "response": said or "(empty)"}
         try:
-            turns = as_messages(row["prompt"])
-            asked = "\n\n".join(turn["role"].title() + ": " + turn["content"] for turn in turns)
-            said = spoken(row["response"])
-            row["said"] = said.replace("\u2019", "'")
-            row["shown"] = {"prompt": asked if turns[1:] else turns[0]["content"],
-                            "response": said or "(empty)"}
             return parts(row)
-        except (TypeError, KeyError, AttributeError, IndexError, re.error, OverflowError,
-                RecursionError):
-            return ("'prompt' as text or as messages of 'role' and 'content', 'check' as a regex, "
-                    "'answer' as text or a list")
+        except (TypeError, AttributeError, re.error, OverflowError, RecursionError):
+            return "'check' as a regex, 'answer' as text or a list"
     return read_jsonl(path, {"prompt": (str, list), "response": str}, "01_generate.py", parts=wrong)
 
 
 def chosen(reply, values):
     """The value of the word that a reply ends with, [[word]] in a line of its own."""
     form = rf"(?i)\W*(?:(?:final )?(?:verdict|answer)\W*)?\[\[({'|'.join(values)})\]\]\W*"
-    found = re.fullmatch(form, answer_of(reply).strip().rpartition("\n")[2])
+    found = re.fullmatch(form, last_line(reply))
     return found and values[found[1].lower()]
 
 
 def mark(reply):
     """The one rating in its last line, as MT-Bench has it: [[7]], [[7.5]], or at worst [7]."""
-    line = answer_of(reply).strip().rpartition("\n")[2]
+    line = last_line(reply)
     found = re.findall(r"\[\[(\d+\.?\d*)\]\]", line) or re.findall(r"(?<!\w)\[(\d+\.?\d*)\]", line)
     return float(found[0]) if len(found) == 1 and 1 <= float(found[0]) <= 10 else None
 

@@ -427,6 +427,11 @@ def answer_of(reply):
     return said if reply["finish"] == "stop" and "<think>" not in said else ""
 
 
+def last_line(reply):
+    """Where a judge gives its verdict: the last line of a finished reply; "" if it has none."""
+    return answer_of(reply).strip().rpartition("\n")[2].strip()
+
+
 @contextmanager
 def workers(n):
     """n threads; after an error or Ctrl-C, what has not begun never does."""

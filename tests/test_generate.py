@@ -616,6 +616,7 @@ REFUSED = {
     "shard 1/0": (["--shard", "1/0"], ["1/0"]), "shard 1": (["--shard", "1"], ["--shard"]),
     "shard of nothing": (["--shard", "2/3"], ["at least one"]),
     "greedy five times": (["--temperature", 0, "--n", 5], ["--n 1"]),
+    "demonstrations of what it is": (["--few-shot", "in.jsonl", "--classify"], ["--few-shot"]),
     "no demonstrations": (["--few-shot", "none.jsonl"], ["none.jsonl"]),
     "demonstration of no turn": (["--few-shot", "turnless.jsonl"], ["turnless.jsonl:1"]),
     "demonstration without a response": (["--few-shot", "in.jsonl"], ["in.jsonl:1", "response"])}

@@ -215,7 +215,7 @@ def test_a_check_for_rows_without_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("own, flags, fault", [
-    ({"check": "x"}, ["--check", "("], "in.jsonl:2: expected 'prompt' as text or messages, and"),
+    ({"check": "x"}, ["--check", "("], "in.jsonl:2: expected 'check' as a regex"),
     ({"check": "x"}, [], "in.jsonl:2: expected"),
     ({"check": "("}, ["--check", "x"], "in.jsonl:1: expected"),
     ({}, ["--check", "x", "--model", "m"], "without --model")])

@@ -190,6 +190,10 @@ def test_rows_of_others_are_whole(tiny_model, tmp_path):
     assert tokenizer.decode(found[1]["responses"][0][0]) == asked
     assert [r["prompt_id"] for r in found][::2] == [json.dumps(row["prompt"]), "b"]
     assert [r["kind"] for r in found] == ["", "", "fact"]
+    unsaid = [{**pair(name), "prompt_id": None, "kind": None} for name in "ab"]  # null: unsaid, too
+    found = read(unsaid, "dpo")
+    assert [r["prompt_id"] for r in found] == [json.dumps(row["prompt"]) for row in unsaid]
+    assert [r["kind"] for r in found] == ["", ""]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,11 +513,11 @@ def test_updates_match_a_plain_loop(loss, rows, microbatch, optim, schedule, tin
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is here")
-def test_a_missing_library_is_named(tiny_model, tmp_path, capsys):
-    model, steps, reference = small_run(tiny_model, tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        loop(tmp_path, model, steps, reference, settings(optim="adamw8bit"))
-    assert stopped.value.code == 2 and "bitsandbytes" in capsys.readouterr().err
+def test_a_missing_library_is_named(tiny_model, tmp_path):
+    """At once, not when the reference's log-probs have been computed."""
+    done = run_train(tmp_path, tiny_model, "--optim", "adamw8bit", held=None)
+    assert done.returncode == 2 and "bitsandbytes" in done.stderr
+    assert names(tmp_path) == {"prefs.jsonl"}
 
 
 def small_run(tiny_model, tmp_path):
@@ -858,6 +862,16 @@ def test_flags_that_cannot_be_meant_are_refused(flags, named, tiny_model, tmp_pa
     done = run_train(tmp_path, tiny_model, "--loss", "kto", *flags, rows=rows, held=None)
     assert done.returncode == 2 and named in done.stderr
     assert names(tmp_path) == {"prefs.jsonl"}
+
+
+def test_advice_on_weights_is_for_kto(tiny_model, tmp_path):
+    """Three good rows and a bad one: weights are advised for a loss that has some."""
+    rows = [{**target(name), "label": n > 0} for n, name in enumerate("abcd")]
+    for loss, flags, advised in [("sft", [], 0), ("kto", [], 1),
+                                 ("kto", ["--undesirable-weight", 3], 0)]:
+        done = run_train(tmp_path / f"{loss}{len(flags)}", tiny_model, "--loss", loss, *flags,
+                         rows=rows, held=None)
+        assert done.returncode == 0 and done.stderr.count("weight x count") == advised, done.stderr
 
 
 def test_kto_has_no_step_of_one_row(tiny_model, tmp_path):
