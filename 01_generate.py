@@ -11,7 +11,7 @@ Writes  samples.jsonl   the prompt's row n times, and what was said:
   finish is "length" when the budget of tokens ran out before the model ended its turn. What a
   model thought before (<think>...</think>) goes to "reasoning", which no later stage reads.
 
---few-shot DEMOS   five nearest rows {"prompt", "response"} go before each prompt (FLAME, section 4:
+--few-shot DEMOS   the five nearest rows {"prompt", "response"} go before each prompt (FLAME, 4.2:
                    answers of a base model); the row keeps the prompt alone
 --postamble TEXT   is added to each prompt, in the row too (FactAlign: LongFact's)
 --topics FILE      instead of --prompts: a topic a line; n new prompts about each (FactAlign), a
@@ -44,7 +44,7 @@ from common import (TRIES, answer_of, arguments, as_messages, chat, chat_argumen
                     workers)
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
-NEAREST = 5  # demonstrations before a prompt (FLAME, section 4.1)
+NEAREST = 5  # demonstrations before a prompt (FLAME, section 4.2)
 
 
 def parse_args():

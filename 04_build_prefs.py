@@ -34,8 +34,8 @@ model ended its turn right there: only then does 05 append the end-of-turn token
 What makes no row is counted by its reason. A response: abstains, has more than 20 % null labels or
 none that is S or NS (sft does not ask), has no whole sentence, has one 10-gram more than 5 times
 (FactAlign's code), or repeats another response to its prompt. A prompt: has too few usable ones
-("few": sft needs one, the others two), or they all score alike ("tied"). factalign labels bad what
-abstains, states no fact or repeats itself. What 03 marks "repeats" counts nowhere.
+("few": what compares them needs two), or they all score alike ("tied"). factalign labels bad what
+abstains, states no fact or repeats itself. What 03 marks "repeats" counts in no score.
 
 Not as in the papers: FactAlign's code counts irrelevant facts as false; here they leave F1@K alone.
 Where the sides of APEFT's atomic pairs come from we found nowhere: ours are the model's own answers

@@ -10,12 +10,13 @@ Writes  OUT/   a LoRA adapter, or with --full or --merge all weights in bf16, as
    "rewards/margins": 0.0, ...}   and rows of held-out figures, with "eval_" in front
 
 Prompt and completion are tokenised apart and joined; the end-of-turn token ends a completion, and
-is trained on, only where finish is "stop". All steps are planned before the first: whole prompt
-groups, about --batch rows. A response goes through the model once a step, however many pairs share
-it, and only its completion meets the LM head. The reference's log-probs are kept beside OUT under a
-hash of all that they depend on. Killed anywhere, the same command ends with the same weights: OUT
-holds two checkpoints until it is done. Trained weights are fp32 under bf16 autocast: in bf16,
-AdamW's updates would be lost to rounding. Processes share out each step: its gradient is the same.
+is trained on, only where finish is "stop". All steps are planned before the first: about --batch
+rows, all pairs of a prompt together. A response goes through the model once a step, however many
+pairs share it, and only its completion meets the LM head. The reference's log-probs are kept beside
+OUT under a hash of all that they depend on. Killed anywhere, the same command ends with the same
+weights: OUT holds two checkpoints until it is done. Trained weights are fp32 under bf16 autocast:
+in bf16, AdamW's updates would be lost to rounding. Processes share out each step: its gradient is
+the same.
 
 Not as in the papers: FactTune trains with RMSprop at lr 5e-7 (--optim), after an SFT stage.
 Not yet: a model sharded over GPUs; scaled or soft-capped heads. Several processes were run on CPUs

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Head to head: the four papers, and SFT, KTO and rejection sampling as baselines, on one model, the same prompts, as many
 # samples, one verifier, several seeds; measured in and out of the domain. RESULTS.md has the table.
-#   bash recipes/compare.sh      the runs that OUT lacks (20 to 60 minutes each on one core), then the tables in OUT/*.json
+#   bash recipes/compare.sh      the runs that OUT lacks (8 to 62 minutes each on one core), then the tables in OUT/*.json
 #   METHODS="rft apeft" SEEDS=4 OUT=runs/mine bash recipes/compare.sh
 # A run leaves OUT/<method><seed>.json, its scores, and .jsonl.gz, its rows: any machine can go on with the others. All
-# methods learn from N=6 samples to each of 80 prompts; recipes/methods.txt has their settings, and those of ablations.
-# Other models, judges, corpora: recipes/variables.sh.
+# methods learn from N=6 samples to each of 80 prompts (FLAME's DPO from 4); recipes/methods.txt has their settings, and
+# those of ablations. Other models, judges, corpora: recipes/variables.sh.
 set -e
 export PY=${PY:-.venv/bin/python} MODEL=${MODEL:-data/world/model}
 D=${D:-runs/compare} OUT=${OUT:-data/results/compare}   # samples and models, too large to keep; what is kept

@@ -15,6 +15,7 @@ TAKE=${SMALL:+6}   # prompts a round, or all
 mkdir -p $R
 # The countries come in three parts. Your own prompts say which round they are for: jq -c '.part = input_line_number % 3 + 1'.
 SMALL= prompts $R/prompts.jsonl
+for i in $(seq $ITERATIONS); do wanted part $i; done
 
 # General data: the paper takes UltraFeedback-binarized, its code kto-mix-14k. Here: two own responses to each of 60
 # instructions that are not about facts; good is what passes the instruction's check.

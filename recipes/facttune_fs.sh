@@ -8,7 +8,7 @@ set -e
 mkdir -p $R
 prompts $S/prompts.jsonl
 
-# Sample. The paper: 10 responses a prompt at T 1.0; here 6 at the protocol's T 0.8. 10 minutes.
+# Sample. The paper: 10 responses a prompt at T 1.0; here 6 at the protocol's T 0.8. 13 minutes.
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
 # SFT=1: the paper's first stage, all samples as targets; an instruct model does without on its own samples.
 if [ "$SFT" ]; then
@@ -27,7 +27,7 @@ FLAGS=$($PY 04_build_prefs.py facttune --in $S/verified.jsonl --reward ${REWARD:
     --margin ${MARGIN:-0} $([ "$LOSS" = kto ] && echo --unpaired) --eval-prompts "$EVAL" --out $R/prefs.jsonl \
     --eval-out $R/prefs_heldout.jsonl)
 
-# Train. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT; a 135M model needs a higher rate. 20 minutes.
+# Train. The paper: RMSprop, lr 5e-7, 1 epoch, 7B, after SFT; a 135M model needs a higher rate. 27 minutes.
 $PY 05_train.py --loss ${LOSS:-dpo} $FLAGS --prefs $R/prefs.jsonl --eval-prefs $R/prefs_heldout.jsonl --model "${START:-$MODEL}" ${FULL---full} \
     --lr ${LR:-2e-5} --batch 32 --epochs ${EPOCHS:-2} --save-every 10 --out $R/tuned --seed ${SEED:-0} $TRAIN
 $PY 06_eval.py plot facttune=$R/tuned/log.jsonl --out $R/curves.png

@@ -10,6 +10,7 @@ N=${N:-$([ "$SMALL" ] && echo 4 || echo 10)}   # own answers for SFT
 DEMOS=${DEMOS:-${GIVEN:-data/demonstrations.jsonl}}
 mkdir -p $R
 prompts $R/prompts.jsonl   # fact-based; and 60 other instructions:
+wanted fact_based true
 MORE=${MORE-data/prompts_general_train.jsonl}
 # SFT (section 4.2). The paper elicits 10 answers a fact-based instruction from the pretrained model, after the five
 # most similar demonstrations (T 0.7, top-p 0.9). Here that model is an instruct model: there is no other.

@@ -271,6 +271,19 @@ def test_apeft(lab):
         assert [labels[text] for text in texts] == ["S", "NS"]
 
 
+@pytest.mark.parametrize("recipe, row, field", [
+    ("flame", {"part": 1}, '"fact_based": true'), ("factalign", {"part": 1}, '"part": 2'),
+    ("factalign", {"fact_based": True}, '"part": 1')])
+def test_prompts_of_ones_own_that_lack_what_a_recipe_asks(recipe, row, field, tmp_path):
+    """One line that says it, before any model is loaded."""
+    path = write_rows(tmp_path / "mine.jsonl", [{"prompt": "Who?", "topic": "Fiji", **row}])
+    done = subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=ROOT, text=True, env={
+        "PATH": os.environ["PATH"], "PY": "false", "PROMPTS": str(path), "R": str(tmp_path / "r"),
+    }, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == f"{path}: expected prompts with {field}, found none\n"
+
+
 def test_flame(lab):
     """Own answers and people's as SFT targets; pairs of both kinds, from what SFT made."""
     more = write_rows(lab.at / "more.jsonl", known_to_the_talker()[:8])
