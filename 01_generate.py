@@ -40,8 +40,8 @@ from collections import Counter
 from pathlib import Path
 
 from common import (TRIES, answer_of, arguments, as_messages, chat, chat_arguments, die, digest,
-                    load_model, output, progress, prompt_ids, read_jsonl, report, run, template,
-                    workers)
+                    end_of_turn, load_model, output, progress, prompt_ids, read_jsonl, report, run,
+                    template, workers)
 
 PROTOCOL = json.loads((Path(__file__).parent / "data/protocol.json").read_text(encoding="utf-8"))
 NEAREST = 5  # demonstrations before a prompt (FLAME, section 4.2)
@@ -268,9 +268,10 @@ def plan_batches(lengths, n, batch):
 
 
 def stop_tokens(model, tokenizer):
-    """Ids that end a turn: the tokenizer's and whatever the model's own generation config adds."""
+    """Ids that end a turn: the template's, the tokenizer's, those of the model's own config."""
     ids = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    own = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    return {own, tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
 
 
 def ids_of(tokenizer, messages, prefix, plain):

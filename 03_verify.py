@@ -65,7 +65,8 @@ def parse_args():
     p.add_argument("--corpus", default="data/world/countries.jsonl", metavar="FILE",
                    help="the reference work (python data/prepare.py makes the default)")
     p.add_argument("--top", type=int, default=3, help="passages a query (FactAlign's 3), and shown")
-    p.add_argument("--steps", type=int, default=2, help="queries a fact (FactAlign's 2)")
+    p.add_argument("--steps", type=int, default=2, help="queries a fact (FactAlign's 2); 0: "
+                   "the claim itself, so one call a fact and no more (FActScore)")
     p.add_argument("--open-search", action="store_true", help="search the whole corpus: for topics "
                    "without a page, instead of null; by llm for all")
     p.add_argument("--retry-null", action="store_true", help="judge facts that came out null again")
@@ -77,8 +78,8 @@ def parse_args():
     p.add_argument("--concurrency", type=int, default=32, help="calls at a time")
     chat_arguments(p)
     args = p.parse_args()
-    if min(args.top, args.steps, args.max_tokens, args.concurrency) < 1:
-        die("--top, --steps, --max-tokens and --concurrency must be at least 1")
+    if min(args.top, args.steps + 1, args.max_tokens, args.concurrency) < 1:
+        die("--top, --max-tokens and --concurrency must be at least 1, --steps 0")
     if (args.method in ("confidence", "answers")) != bool(args.answers):
         die("expected --answers with --method confidence and answers, and only there")
     judge = args.judge if args.method == "answers" else args.method
@@ -216,11 +217,14 @@ def llm(claim, topic, page, c, args, ask):
     def shown():
         return "\n".join(f"- {p['title']}: {line_of(p)}" for p in evidence) or "(nothing yet)"
 
-    while len(queries) < args.steps:
-        query = ask(template("query", topic=topic, statement=claim, evidence=shown()),
+    def next_query():
+        found = ask(template("query", topic=topic, statement=claim, evidence=shown()),
                     lambda reply: re.fullmatch(r"(?i)\W*query:\W*(\w.*)", last_line(reply)),
                     f"Query: {claim}", **params)
-        query = query[1] if query else claim  # an answer without a query: the claim is one
+        return found[1] if found else claim  # an answer without a query: the claim is one
+
+    while len(queries) < (args.steps or 1):
+        query = next_query() if args.steps else claim
         if query in queries:
             break
         queries.append(query)
@@ -365,7 +369,8 @@ def mark_repeats(row):
     for fact in facts_of(row):
         fact.pop("repeats", None)
         said, field = frozenset(rules.words(fact["text"])) - topic, None
-        if fact.get("label") == "S" and fact.get("evidence"):
+        shown = {"queries", "score"} & fact.keys()  # by llm and nli, as what they have read
+        if fact.get("label") == "S" and fact.get("evidence") and not shown:
             field, said = fact["evidence"][0].get("field", ""), said - rules.FILLER
             there = {word for e in fact["evidence"] for word in rules.words(e["text"])}
             own = {w for w in said if w in there or re.fullmatch(rules.DIRECTION, w)}
@@ -408,7 +413,7 @@ def summary(rows, field):
         n, kinds = count("label"), count("kind").most_common()
         checked = n["S"] + n["NS"]
         return {"supported": n["S"], "not_supported": n["NS"], "irrelevant": n["IR"],
-                "pooled_precision": round(n["S"] / checked, 4) if checked else None,
+                "precision_with_repeats": round(n["S"] / checked, 4) if checked else None,
                 "kinds": ", ".join(f"{kind} {times}" for kind, times in kinds)}
     if field == "r":
         return {name: count("known")[name] for name in ("unknown", "potentially", "known")}
@@ -462,7 +467,8 @@ def main():
     if missing:
         print(f"no page in {args.corpus} for: {', '.join(sorted(missing))}")
     elif unjudged and not args.dry_run:
-        print(f"{unjudged} could not be judged: --retry-null tries again", file=sys.stderr)
+        why = f" from {args.answers}, which may lack their answers" if args.answers else ""
+        print(f"{unjudged} could not be judged{why}: --retry-null tries again", file=sys.stderr)
     report(rows_in=len(todo), rows_out=len(there), failed=failed,
            **{"ratings" if who == "rate" else "facts": len(found)}, unjudged=unjudged,
            **summary(there, field), **spent)

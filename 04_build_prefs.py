@@ -548,6 +548,7 @@ def main():
     gc.disable()  # rows hold no cycles: to look for some took a third of the time
     rows, groups = read_groups(args)
     more = read_more(args)
+    memo = same_run(Path(args.out), args, rows + more)
     made, prompts, unused = RULES[args.rule](groups, more, args)
     if args.rule == "apeft" and not any(name.startswith("facts_") for name in prompts):
         die(f"{args.answers}: expected answers to what the facts of --in ask, and --in judged by "
@@ -578,7 +579,8 @@ def main():
            **{f"{name}_{side}" + f"_{kind}" * (len(told) > 1): n for kind, found in told.items()
               for side, numbers in found.items() for name, n in numbers.items()})
     if not train:
-        die("no rows to train on, see the counts. More samples may help (01_generate.py --n)")
+        die("no rows to train on, see the counts. More samples may help (01_generate.py --n), or, "
+            "where next to nothing is supported, another judge: 03's rules know countries")
     sizes = [[numbers["words"] for numbers in found.values()] for found in told.values()]
     if any(max(words) > LONGER * min(words) for words in sizes):
         print("warning: what is set against each other differs in length by more than 20 %: "
@@ -587,7 +589,7 @@ def main():
         print(*[f"--{'sentence-' * (name != 'rows')}undesirable-weight "
                 f"{found.count(True) / found.count(False):.4f}"
                 for name, found in marks.items() if {*found} == {True, False}])
-    write_whole(*same_run(Path(args.out), args, rows + more))
+    write_whole(*memo)
     if args.eval_out:
         write_whole(args.eval_out, rows=held)
     write_whole(args.out, rows=train)

@@ -4,8 +4,8 @@ Stage 5. Train a model on 04's rows with a loss of losses.py.
 Reads   prefs.jsonl, in TRL's form, anybody's will do: ROW below shows all that a row may hold. Each
         has a prompt; for dpo, ipo, rso and cpo chosen and rejected, for the other losses a
         completion; for kto and factalign a label, and for factalign, where annotated, sentences
-Writes  OUT/   a LoRA adapter, or with --full or --merge all weights in bf16, as transformers, peft
-               and vLLM load it; the tokenizer; README.md, the model card; log.jsonl, TRL's names:
+Writes  OUT/   a LoRA adapter, or with --full or --merge all weights, in --dtype, as transformers,
+               peft and vLLM load it; the tokenizer; README.md, the card; log.jsonl, TRL's names:
   {"step": 0, "epoch": 0.0, "learning_rate": 5e-06, "loss": 0.6931, "grad_norm": 21.4,
    "rewards/margins": 0.0, ...}   and rows of held-out figures, with "eval_" in front
 
@@ -19,8 +19,9 @@ in bf16, AdamW's updates would be lost to rounding. Processes share out each ste
 the same.
 
 Not as in the papers: FactTune trains with RMSprop at lr 5e-7 (--optim), after an SFT stage.
-Not yet: a model sharded over GPUs; scaled or soft-capped heads. Several processes were run on CPUs
-only. --batch is that of all of them, --microbatch of each.
+Not yet: a model sharded over GPUs; scaled heads; thoughts before an answer (templates are told
+enable_thinking=False). Several processes were run on CPUs only; --batch is that of all of them,
+--microbatch of each.
 CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
 Two GPUs:        accelerate launch --multi_gpu --num_processes 2 05_train.py --batch 32 \\
                      --prefs runs/x/prefs.jsonl --out runs/x/tuned --model Qwen/Qwen2.5-3B-Instruct
@@ -35,8 +36,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import (arguments, as_messages, die, digest, dumps, load_model, lock, progress,
-                    prompt_ids, read_jsonl, report, run, same_run, write_whole)
+from common import (arguments, as_messages, die, digest, dumps, end_of_turn, load_model, lock,
+                    progress, prompt_ids, read_jsonl, report, run, same_run, write_whole)
 
 PAIRS = ("dpo", "ipo", "rso", "cpo")
 KTO = ("kto", "factalign")
@@ -97,6 +98,8 @@ def parse_args():
         die("expected --warmup < 1, --label-smoothing < 0.5, --lora-r <= 64 (vLLM's)")
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").exists():
         die(f"{args.adapter}: expected a folder with a LoRA adapter, found no adapter_config.json")
+    if (Path(args.model) / "adapter_config.json").exists():  # peft would put a new one in its place
+        die(f"{args.model} is an adapter: expected its base as --model and itself as --adapter")
     if args.optim == "adamw8bit":
         try:
             import bitsandbytes  # noqa: F401
@@ -168,7 +171,7 @@ def encode(tokenizer, prompt, text, finish, prefix=""):
     """(prompt ids, completion ids), tuples: equal responses are one key of a dictionary."""
     # A response that spells out "<|im_end|>" does not end its turn by it: split_special_tokens.
     ids = tokenizer(text.removeprefix(prefix), add_special_tokens=False, split_special_tokens=True)
-    end = [tokenizer.eos_token_id] if finish == "stop" else []
+    end = [end_of_turn(tokenizer)] if finish == "stop" else []
     return tuple(prompt_ids(tokenizer, prompt, prefix)), (*ids["input_ids"], *end)
 
 
@@ -293,8 +296,12 @@ def piece_logps(model, responses):
     hidden = torch.cat([h[len(p) - 1:][:len(c)] for h, (p, c) in zip(hidden, responses)])  # (N, H)
     tokens = torch.cat([t[len(p):][:len(c)] for t, (p, c) in zip(ids, responses)])  # (N,)
 
+    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2's
+
     def score(hidden, tokens):
-        return token_logps(causal.get_output_embeddings()(hidden)[None], tokens[None])[0]
+        logits = causal.get_output_embeddings()(hidden)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return token_logps(logits[None], tokens[None])[0]
 
     chunks = zip(hidden.split(HEAD), tokens.split(HEAD))
     # Checkpointed: the graph of all (N, vocabulary) logits would outweigh that of the model.
@@ -428,7 +435,8 @@ def step_loss(model, rows, reference, args):
 
 
 def check_head(model, response):
-    """Refuse a model whose logits are not its last hidden state times its output embeddings."""
+    """Refuse a model whose logits are something else than what `piece_logps` makes of its last
+    hidden state and output embeddings."""
     import torch
     from losses import token_logps
     prompt, completion = map(list, response)
@@ -438,7 +446,7 @@ def check_head(model, response):
         gap = token_logps(logits, ids[:, len(prompt):])[0] - piece_logps(model, [response])[0]
     if gap.abs().mean() > (1e-3 if logits.dtype == torch.float32 else 0.1):
         die(f"this model's log-probs are not those of its last hidden state and output embeddings "
-            f"(by {gap.abs().mean():.3g}): a scaled or soft-capped head is not supported")
+            f"(by {gap.abs().mean():.3g}): a scaled head is not supported")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -486,6 +494,7 @@ def train(model, steps, held, reference, args, key, folder, log):
         with torch.no_grad():
             for weight, saved in zip(weights, state["weights"]):
                 weight.copy_(saved)
+        del state, saved  # as large as the model, or twice
     log.truncate(end_of_log)
 
     for number in progress(range(start, len(steps) + 1), unit="step"):
@@ -564,12 +573,14 @@ def main():
     unknown = args.kind_weights.keys() - {row.get("kind") for row in given}
     if unknown:
         die(f"{args.inp}: expected rows of each of --kind-weights, found no {sorted(unknown)}")
-    memo, text = same_run(out, args, given)
-    if out.exists() and not (out.is_dir() and memo.exists()):
+    card = out / "README.md"
+    if not card.exists() and not [*out.glob("step-*.pt")]:
+        args.overwrite = True  # nothing is learnt yet: other flags may begin anew
+    if out.exists() and not (out.is_dir() and Path(f"{out}.args.json").exists()):
         die(f"{out} is there, and no run of this stage made it. Choose another --out")
+    memo, text = same_run(out, args, given)
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    card = out / "README.md"
     if (card.exists() and not args.overwrite
             and json.loads(memo.read_text(encoding="utf-8")).get("finished")):
         sweep(out)
@@ -622,7 +633,8 @@ def main():
         if RANK:
             os._exit(0)  # the usual way out can abort in a thread of torch.distributed
         model = model.merge_and_unload() if args.merge and not args.full else model
-        (model.bfloat16() if args.full or args.merge else model).save_pretrained(out)
+        whole = (args.full or args.merge) and args.dtype == "bfloat16"
+        (model.bfloat16() if whole else model).save_pretrained(out)
         tokenizer.save_pretrained(out)
         told = shlex.join(["python", "05_train.py", *sys.argv[1:]])
         write_whole(card, f"---\nbase_model: {args.model}\n---\n\n    {told}\n\n    {text}")

@@ -49,12 +49,13 @@ import math
 import re
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from textwrap import shorten
 
-from common import (as_messages, chat, chat_arguments, die, last_line, load_model, progress,
-                    prompt_ids, read_jsonl, report, run, template, workers, write_whole)
+from common import (as_messages, chat, chat_arguments, die, end_of_turn, last_line, load_model,
+                    progress, prompt_ids, read_jsonl, report, run, template, workers, write_whole)
 from data import pictures
 from rules import ascii_lower
 
@@ -73,9 +74,9 @@ VERDICT = ("f1_at_k", "precision",
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_subparsers(dest="command", required=True).add_parser
+    add = partial(p.add_subparsers(dest="command", required=True).add_parser, allow_abbrev=False)
     score = add("score", help="all metrics of one file")
     compare = add("compare", help="base and tuned in one table, and the verdict")
     compare.add_argument("--show", type=int, default=0, metavar="N", help="N prompts for the eye")
@@ -398,7 +399,8 @@ def tables(rows, found, bases):
             line[:2] = [text + " †" for text in line[:2]]
         line[4:] = [text.split(" [")[0] for text in line[4:]]  # intervals for the main columns only
         body.append([name + " by human" * (row["label"] == "human"), row["n_prompts"], *line])
-    text = table(["", "prompts", *TABLE], body) + "† fewer supported facts: no win\n\n"
+    text = table(["", "prompts", *TABLE], body)
+    text += "† fewer supported facts: no win\n\n" if "†" in text else ""
     body, says = [], {True: "beats", False: "does not beat"}
     for row in found:
         verb = says[row["beats"]] if row["is_better"] else "against"
@@ -457,6 +459,11 @@ def run_compare(args):
     found = list(verdicts(sets, rows, tuned, bases, args.seed))
     text = f"K = {args.k}; mean [95 % interval over topics], differences in points\n\n"
     text += tables(rows, found, bases)
+    for name, some in sets.items():
+        wanted = prompts["base"] * max(Counter(r["prompt"] for r in some).values())
+        if len(some) < wanted:
+            text += (f"{name}: {len(some)} of {wanted} responses. What failed is no random part: "
+                     "run 01, 02, 03 again\n")
     text += "".join(side_by_side({name: sets[name] for name in ("base", *tuned)}, args.show))
     print(text, end="")
     numbers = json.dumps({"k": args.k, "rows": rows, "verdict": found}, indent=1) + "\n"
@@ -468,7 +475,9 @@ def run_compare(args):
         write_whole(args.report, pictures.page(sets, rows, found, shown))
     if args.pictures:
         draw(args.pictures, sets, rows, tuned, args.k)
-    report(files=len(args.files), prompts=prompts["base"], k=args.k)
+    written = {"table": args.out_md, "page": args.report, "pictures": args.pictures}
+    report(files=len(args.files), prompts=prompts["base"], k=args.k,
+           **{name: path for name, path in written.items() if path})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -576,7 +585,7 @@ def ranks(models, tokenizer, row, device):
     import torch
     prompt = prompt_ids(tokenizer, as_messages(row["prompt"]), row.get("prefix", ""))
     said = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-    said += [tokenizer.eos_token_id] * (row["finish"] == "stop")
+    said += [end_of_turn(tokenizer)] * (row["finish"] == "stop")
     ids = torch.tensor([prompt + said], device=device)
     with torch.inference_mode():
         tuned, base = (model(ids).logits[0, len(prompt) - 1:-1] for model in models)

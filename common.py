@@ -16,9 +16,11 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 # Flags that say where or how fast, never what. All others are content: a resumed run repeats them.
@@ -26,6 +28,9 @@ INPUTS = ("inp", "corpus", "answers", "few_shot")
 NOT_CONTENT = {*INPUTS, "out", "questions_out", "limit", "overwrite", "retry_null", "device",
                "base_url", "concurrency", "cache", "dry_run", "price_in", "price_out"}
 STARTED = time.time()
+ELSEWHERE = {  # errors of libraries that are imported where needed, and no fault of ours
+    "OutOfMemoryError": "out of memory (a smaller --microbatch of 05, --batch of 01 needs less)",
+    "SafetensorError": "weights that cannot be read or written"}
 
 
 def die(message):
@@ -36,7 +41,7 @@ def die(message):
 
 def arguments(docstring, inp="--in", required=True):
     """An ArgumentParser that shows the stage's header, with the flags that all stages share."""
-    p = argparse.ArgumentParser(description=docstring,
+    p = argparse.ArgumentParser(description=docstring, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(inp, dest="inp", required=required, metavar="FILE", help="JSONL to read")
     p.add_argument("--out", required=True, metavar="FILE", help="what to write, or resume")
@@ -60,7 +65,11 @@ def run(main):
         os._exit(130)  # at once: calls under way are not waited for
     except (OSError, sqlite3.Error) as error:  # no such folder, no permission, no room
         die(error)
-    except Exception:
+    except ModuleNotFoundError as error:
+        die(f"{error}: . .venv/bin/activate first (`make world` makes it)")
+    except Exception as error:
+        if type(error).__name__ in ELSEWHERE:
+            die(f"{ELSEWHERE[type(error).__name__]}: {' '.join(str(error).split()):.200}")
         traceback.print_exc()
         sys.exit(70)  # a fault of ours; 1 says that some rows failed or are not judged
 
@@ -102,7 +111,7 @@ def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: Non
     path, required, rows, first = Path(path), {"id": str, **dict(required)}, [], {}
     if not path.is_file():
         die(f"{path}: no such file" + ", but a folder" * path.is_dir()
-            + f"; {made_by} makes it" * bool(made_by))
+            + f"; {made_by} makes such" * bool(made_by))
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
@@ -112,14 +121,16 @@ def read_jsonl(path, required=(), made_by="", unique=True, parts=lambda row: Non
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                die(f"{path}:{n}: expected one JSON object a line, found {line.strip()[:60]!r}")
+                die(f"{path}:{n}: expected JSONL, one JSON object a line, found "
+                    f"{line.strip()[:60]!r}")
             if "output" in row and "response" not in row:  # FActScore's name
                 row["response"] = row.pop("output")
             row.setdefault("id", f"{path.stem}-{n}")
             for field, kind in required.items():
                 if not isinstance(row.get(field), kind):
                     name = getattr(kind, "__name__", "str or list")
-                    source = f" ({made_by} writes it)" * bool(made_by)
+                    source = "01_generate.py" if field in ("prompt_id", "response") else made_by
+                    source = f" ({source} writes it)" * bool(made_by)
                     found = f"{row[field]!r:.40}" if field in row else f"only {sorted(row)}"
                     die(f"{path}:{n}: expected {field!r} as {name}{source}, found {found}")
             if "prompt" in required and not is_prompt(row["prompt"]):
@@ -168,7 +179,9 @@ def same_run(out, args, rows):
             die(f"{memo}: expected flags, rows and sha256 of {out.name}, found other. {other}")
         if getattr(args, "retry_null", False):  # it is for a corpus that has grown since
             was |= {k: flags[k] for k in ("corpus_sha256", "answers_sha256") if k in flags}
-        changed = [f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
+        changed = ["other text in data/prompts" if k == "prompts_sha256" else
+                   f"other content of --{k[:-7]}" if k.endswith("_sha256") else
+                   f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
                    for k in sorted(flags | was) if was.get(k) != flags.get(k)]
         if changed:
             die(f"{out} was made with other flags ({', '.join(changed)}). {other}")
@@ -414,7 +427,7 @@ def chat(args):
                     with guard:
                         db.execute("REPLACE INTO replies VALUES (?, ?)", [name, dumps(reply)])
                     return value
-                count(not_as_asked=1)
+                count(not_as_asked=1, **{"of_these_cut": 1} if reply["finish"] == "length" else {})
                 params |= {"seed": params["seed"] + 1,  # else it would say the same again
                            "temperature": max(0.7, params["temperature"])}
 
@@ -455,6 +468,7 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None, kind="AutoMode
     import torch
     import transformers
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)  # peft asks for it
     if re.match(r"[./~]|data/|runs/", name) and not Path(name).expanduser().is_dir():
         die(f"{name}: no such model folder; `python data/prepare.py` makes data/world/model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -465,7 +479,8 @@ def load_model(name, adapter=None, dtype="bfloat16", device=None, kind="AutoMode
             from peft import PeftModel
             model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError) as error:
-        die(f"{name}: expected a model (and adapter), found: {' '.join(str(error).split()):.300}")
+        both = " with ".join(filter(None, (name, adapter)))
+        die(f"{both}: expected a model (and adapter), found: {' '.join(str(error).split()):.300}")
     return model.to(device).eval(), tokenizer, device
 
 
@@ -482,5 +497,22 @@ def prompt_ids(tokenizer, messages, prefix=""):
         die(f"{tokenizer.name_or_path}: its tokenizer has no chat template. Give a chat model "
             "(01_generate.py --few-shot can sample from a base model)")
     clean = [{**m, "content": plain(m["content"])} for m in messages]
-    text = tokenizer.apply_chat_template(clean, tokenize=False, add_generation_prompt=True)
+    from jinja2 import TemplateError
+    try:  # Qwen3 would think first, which is not trained on; Llama 3 would be told today's date
+        text = tokenizer.apply_chat_template(clean, tokenize=False, add_generation_prompt=True,
+                                             enable_thinking=False, date_string="26 Jul 2024")
+    except TemplateError as error:  # no system role (Gemma), the same role twice
+        die(f"{tokenizer.name_or_path}: expected a prompt that its chat template takes, found "
+            f"{dumps(messages):.60}: {error}")
     return tokenizer(text + plain(prefix), add_special_tokens=False)["input_ids"]
+
+
+@cache
+def end_of_turn(tokenizer):
+    """Id of the token that the chat template puts behind an answer. Gemma's and Phi's eos is
+    another: trained on in its place it would leave the turn's own end as it was."""
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody"}]
+    end = tokenizer.apply_chat_template(said, tokenize=False).rpartition("Nobody")[2]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)

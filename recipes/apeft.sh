@@ -12,14 +12,14 @@ prompts $S/prompts.jsonl
 
 # D_g, as FactTune: samples of paragraphs, facts, verdicts. Each fact also becomes a question.
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl || [ $? = 1 ]
-$PY 03_verify.py $ASK $OPEN --in $S/asked.jsonl --corpus "$CORPUS" --out $S/judged.jsonl || [ $? = 1 ]
+twice $PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl
+twice $PY 03_verify.py $ASK $OPEN --in $S/asked.jsonl --corpus "$CORPUS" --out $S/judged.jsonl
 
 # What does the model know? It answers each question 20 times; r is the share of answers that the verifier calls S.
 $PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed ${SEED:-1} --temperature 1 --top-p 0.9 \
     --max-new-tokens 15 --out $S/answers.jsonl
-$PY 03_verify.py --method answers ${JUDGE:+--judge llm --model $JUDGE --base-url $BASE_URL} $OPEN \
-    --in $S/judged.jsonl --answers $S/answers.jsonl --corpus "$CORPUS" --out $R/known.jsonl || [ $? = 1 ]
+twice $PY 03_verify.py --method answers ${JUDGE:+--judge llm --model $JUDGE --base-url $BASE_URL $ASKED} $OPEN \
+    --in $S/judged.jsonl --answers $S/answers.jsonl --corpus "$CORPUS" --out $R/known.jsonl
 
 # D_a: of each question with 0 < r < 1 the commonest right answer over the commonest wrong one. Its prompt is the one
 # they were sampled for: a judge's question, or "State one fact about X." and the fact's beginning, which opens both.

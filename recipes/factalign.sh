@@ -34,8 +34,8 @@ for i in $(seq $ITERATIONS); do
   # prompts with a postamble, T 0.5).
   grep -E "\"part\": ?$i[,}]" "$PROMPTS" | head -n ${TAKE:-999999} > $R/prompts$i.jsonl
   $PY 01_generate.py --prompts $R/prompts$i.jsonl --model "$M" --n $N --seed ${SEED:-$i} --out $R/samples$i.jsonl $SAMPLE
-  $PY 02_decompose.py $ASK --in $R/samples$i.jsonl --out $R/facts$i.jsonl || [ $? = 1 ]
-  $PY 03_verify.py $ASK $OPEN --in $R/facts$i.jsonl --corpus "$CORPUS" --out $R/verified$i.jsonl || [ $? = 1 ]
+  twice $PY 02_decompose.py $ASK --in $R/samples$i.jsonl --out $R/facts$i.jsonl
+  twice $PY 03_verify.py $ASK $OPEN --in $R/facts$i.jsonl --corpus "$CORPUS" --out $R/verified$i.jsonl
   IN="$IN $R/verified$i.jsonl"   # earlier rounds' rows stay
   # t is chosen so that good and bad responses balance (the authors' notebook; paper: 0.75 of F1@100), t_s 0.5 as for
   # their Llama-3 (paper: 1). FLAGS are the weights that balance what is left: without them a 135M model is destroyed.

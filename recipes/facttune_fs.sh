@@ -17,8 +17,8 @@ if [ "$SFT" ]; then
   $PY 05_train.py --loss sft --prefs $R/sft.jsonl --model "$MODEL" ${FULL---full} --lr 1e-5 --out $R/sft --seed ${SEED:-0} $TRAIN
   START=$R/sft
 fi
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 ]
-$PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
+twice $PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl
+twice $PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl
 
 # The best response of a prompt against each that scores lower (the paper's summary; PAIRS=all: its code).
 # The paper's reward is precision; here F1@10: precision alone teaches to say less (RESULTS.md). MARGIN=0.05: only pairs that differ by

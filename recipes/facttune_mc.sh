@@ -11,12 +11,12 @@ prompts $S/prompts.jsonl
 # Sample (the paper: 10 responses a prompt at T 1.0), and ask for each fact. Without a judge a question is the fact's
 # beginning, to go on from: the paper's entity variant.
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl || [ $? = 1 ]
+twice $PY 02_decompose.py $ASK --in $S/samples.jsonl --questions-out $S/questions.jsonl --out $S/asked.jsonl
 
 # The model answers each question 20 times: T 1.0, top-p 0.9, at most 15 tokens (section 3.2 and the code).
 $PY 01_generate.py --prompts $S/questions.jsonl --model "$MODEL" --n $ANSWERS --seed ${SEED:-1} --temperature 1 --top-p 0.9 \
     --max-new-tokens 15 --out $S/answers.jsonl
-$PY 03_verify.py --method confidence --in $S/asked.jsonl --answers $S/answers.jsonl --out $R/confident.jsonl || [ $? = 1 ]
+twice $PY 03_verify.py --method confidence --in $S/asked.jsonl --answers $S/answers.jsonl --out $R/confident.jsonl
 
 # The mean over a response's facts of the largest share of like answers (max; its code has exp and neg_ent, too).
 $PY 04_build_prefs.py facttune --in $R/confident.jsonl --reward ${REWARD:-max} --pairs ${PAIRS:-best} \

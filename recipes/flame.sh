@@ -15,8 +15,8 @@ MORE=${MORE-data/prompts_general_train.jsonl}
 # SFT (section 4.2). The paper elicits 10 answers a fact-based instruction from the pretrained model, after the five
 # most similar demonstrations (T 0.7, top-p 0.9). Here that model is an instruct model: there is no other.
 if [ "$GIVEN" ]; then
-  $PY 01_generate.py --classify --prompts "$GIVEN" --model "${JUDGE:-$MODEL}" ${JUDGE:+--base-url $BASE_URL} \
-      --out $R/given.jsonl || [ $? = 1 ]
+  twice $PY 01_generate.py --classify --prompts "$GIVEN" --model "${JUDGE:-$MODEL}" ${JUDGE:+--base-url $BASE_URL} \
+      --out $R/given.jsonl
   grep '"fact_based": true' $R/given.jsonl > $R/asking.jsonl
 else
   sed 's/"example":/"response":/' data/prompts_general_train.jsonl > $R/given.jsonl
@@ -37,11 +37,11 @@ START=$([ "$SFT" = 0 ] && echo "$MODEL" || echo $R/sft)
 cat "$PROMPTS" $MORE > $R/instructions.jsonl
 $PY 01_generate.py --prompts $R/instructions.jsonl --model "$START" --n 4 --seed ${SEED:-2} --temperature 0.7 --top-p 0.9 \
     --out $R/samples.jsonl ${SMALL:+--limit 32} $SAMPLE
-$PY 02_decompose.py $ASK --in $R/samples.jsonl --out $R/facts.jsonl || [ $? = 1 ]
+twice $PY 02_decompose.py $ASK --in $R/samples.jsonl --out $R/facts.jsonl
 THREE='(?s)\A(?:[^.!?]|[.!?](?!\s|\Z))+[.!?](?:\s+(?:[^.!?]|[.!?](?!\s|\Z))+[.!?]){2}\Z'   # "In three sentences, ..."
-$PY 03_verify.py --method rate ${RATE:---check "$THREE"} --in $R/facts.jsonl --out $R/rated.jsonl || [ $? = 1 ]
+twice $PY 03_verify.py --method rate ${RATE:---check "$THREE"} --in $R/facts.jsonl --out $R/rated.jsonl
 grep '"fact_based": true' $R/rated.jsonl > $R/fact_rated.jsonl
-$PY 03_verify.py $ASK $OPEN --in $R/fact_rated.jsonl --corpus "$CORPUS" --out $R/verified.jsonl || [ $? = 1 ]
+twice $PY 03_verify.py $ASK $OPEN --in $R/fact_rated.jsonl --corpus "$CORPUS" --out $R/verified.jsonl
 { cat $R/verified.jsonl; grep -v '"fact_based": true' $R/rated.jsonl || true; } > $R/both.jsonl
 $PY 04_build_prefs.py flame --in $R/both.jsonl ${ONLY:+--only $ONLY} --eval-prompts "$EVAL" --out $R/prefs.jsonl
 # A step takes as many pairs of either kind (the paper's uniform sampling; beta 0.1, 64 pairs a step, lr 1e-6 -> 1e-7).

@@ -6,17 +6,21 @@
 # Models, judges, flags: recipes/variables.sh.
 set -e
 . recipes/variables.sh
-ROWS=${2:-$1}
+ROWS=${2:-${1:?expected the folder of a tuned model}}
 mkdir -p "$(dirname "$B")"
 if [ "$SMALL" ]; then
-  awk 'NR % 4 == 1 && NR < 64' "$EVAL" > "$B.prompts.jsonl"
+  if [ "$EVAL" = data/prompts_eval.jsonl ]; then  # one prompt a country
+    awk 'NR % 4 == 1 && NR < 64' "$EVAL" > "$B.prompts.jsonl"
+  else
+    head -16 "$EVAL" > "$B.prompts.jsonl"
+  fi
   EVAL=$B.prompts.jsonl
 fi
 
 measure() {  # MODEL ROWS FLAGS...: samples, facts and verdicts under the name ROWS
   $PY 01_generate.py --prompts "$EVAL" --model "$1" --out "$2.samples.jsonl" $MEASURE "${@:3}"
-  $PY 02_decompose.py $ASK --in "$2.samples.jsonl" --out "$2.facts.jsonl" || [ $? = 1 ]
-  $PY 03_verify.py $ASK $OPEN --corpus "$CORPUS" --in "$2.facts.jsonl" --out "$2.jsonl" || [ $? = 1 ]
+  twice $PY 02_decompose.py $ASK --in "$2.samples.jsonl" --out "$2.facts.jsonl"
+  twice $PY 03_verify.py $ASK $OPEN --corpus "$CORPUS" --in "$2.facts.jsonl" --out "$2.jsonl"
 }
 measure "$MODEL" "$B"
 measure "$1" "$ROWS"

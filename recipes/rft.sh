@@ -8,8 +8,8 @@ set -e
 mkdir -p $R
 prompts $S/prompts.jsonl
 $PY 01_generate.py --prompts "$PROMPTS" --model "$MODEL" --n $N --seed ${SEED:-1} --out $S/samples.jsonl $SAMPLE
-$PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl || [ $? = 1 ]
-$PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl || [ $? = 1 ]
+twice $PY 02_decompose.py $ASK --in $S/samples.jsonl --out $S/facts.jsonl
+twice $PY 03_verify.py $ASK $OPEN --in $S/facts.jsonl --corpus "$CORPUS" --out $S/verified.jsonl
 
 # The best of each prompt, by the reward of facttune_fs.sh; prompts whose samples all score alike are left out.
 # TARGETS=all: SFT on all samples, which teaches the form alone. TARGETS=reference: on true sentences of the reference work.

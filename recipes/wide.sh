@@ -5,6 +5,7 @@
 # OOD, OOD_CORPUS: prompts and passages of the other topics. Other models, judges: recipes/variables.sh.
 set -e
 . recipes/variables.sh
+: "${1:?expected the folder of a tuned model}"
 OOD=${OOD:-data/prompts_ood.jsonl}
 mkdir -p "$(dirname "$B")"
 awk 'NR % 2' $OOD > "$B-ood.prompts.jsonl"   # 59 elements, two responses each
@@ -16,8 +17,7 @@ others() {  # MODEL ROWS
   for set in general_eval qa_false_premise qa_known_unknown; do
     $PY 01_generate.py --prompts data/prompts_$set.jsonl --model "$1" --temperature 0 --n 1 --out "$2-$set.jsonl"
   done
-  $PY 03_verify.py --method rate $RATE --in "$2-general_eval.jsonl" \
-      --out "$2-general.jsonl" || [ $? = 1 ]
+  twice $PY 03_verify.py --method rate $RATE --in "$2-general_eval.jsonl" --out "$2-general.jsonl"
 }
 others "$MODEL" "$B"
 others "$1" "$1"

@@ -338,6 +338,16 @@ def compare(tmp_path, *flags, **sets):
     return json.loads((tmp_path / "c.json").read_text()), done.stdout
 
 
+def test_responses_that_are_missing_are_told(tmp_path):
+    """Three of four failed: the mean over what is left is no fair one."""
+    whole = [row(f"t{n}-a", k, "S NS") for n in range(4) for k in range(2)]
+    _, text = compare(tmp_path, base=whole, tuned=whole)
+    assert "What failed" not in text
+    _, text = compare(tmp_path, base=whole, tuned=whole[:5])
+    assert "\ntuned: 5 of 8 responses. What failed is no random part" in text
+    assert "base: " not in text and "best-of-2: " not in text
+
+
 TOPICS = [f"t{i}x" for i in range(12)]
 
 

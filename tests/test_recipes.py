@@ -608,6 +608,7 @@ def place(tmp_path):
             for part in (1, 2, 3) for asks in (True, False)]
     write_rows(tmp_path / "mine.jsonl", rows)
     write_rows(tmp_path / "given.jsonl", rows * 20)
+    (tmp_path / "wiki.db").touch()
     (tmp_path / "python").write_text(RECORDER)
     (tmp_path / "python").chmod(0o755)
     return tmp_path
@@ -665,6 +666,55 @@ def test_command_lines(place, recipe, env, expected):
         assert {args.model for args in verdicts} == {"judge"}
 
 
+@pytest.mark.parametrize("env, said", [
+    ({"EVAL": "none.jsonl"}, "none.jsonl: no such file"), ({"CORPUS": "none.db"}, "none.db: no"),
+    ({"PROMPTS": "none.jsonl"}, "none.jsonl: no such file"),
+    ({"JUDGE": "judge"}, "expected with JUDGE=judge also BASE_URL=")])
+def test_what_is_missing_is_told_before_any_work(place, env, said):
+    done = subprocess.run(["bash", "recipes/facttune_fs.sh"], cwd=place, capture_output=True,
+                          text=True, env={"PATH": os.environ["PATH"], "PY": "./python",
+                                          "NOTES": "notes", **env})
+    assert done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    assert not (place / "notes").exists() and not (place / "runs").exists()
+
+
+@pytest.mark.parametrize("codes, status, calls", [
+    ([0], 0, 1), ([1, 0], 0, 2), ([1, 1], 0, 2), ([2], 2, 1), ([1, 2], 2, 2), ([130], 130, 1)])
+def test_rows_that_failed_are_asked_once_more(codes, status, calls, place):
+    """Exit 1 has a second try, then the recipe goes on; any other ends it, as set -e would."""
+    (place / "stage").write_text("#!/bin/sh\necho >> calls\n" + "".join(
+        f"[ $(wc -l < calls) != {n} ] || exit {code}\n" for n, code in enumerate(codes, 1)))
+    (place / "stage").chmod(0o755)
+    done = subprocess.run(["bash", "-c", ". recipes/variables.sh; twice ./stage; echo on"],
+                          cwd=place, capture_output=True, text=True)
+    assert (place / "calls").read_text().count("\n") == calls
+    assert done.returncode == status and (done.stdout == "on\n") == (status == 0)
+
+
+def test_help_is_the_header(place):
+    for recipe in NAMES:
+        done = subprocess.run(["bash", f"recipes/{recipe}.sh", "--help"], cwd=place, text=True,
+                              capture_output=True)
+        lines = (ROOT / f"recipes/{recipe}.sh").read_text("utf-8").splitlines()
+        assert done.returncode == 0 and len(done.stdout.splitlines()) >= 3
+        assert [f"# {line}".rstrip() for line in done.stdout.splitlines()] == lines[1:1 + len(
+            done.stdout.splitlines())]
+
+
+def test_small_measures_the_first_prompts_of_ones_own(place):
+    """Not every fourth, as of the world's, which come four to a country."""
+    rows = write_rows(place / "own.jsonl", [{"prompt": f"{n}?"} for n in range(20)])
+    (place / "runs/x").mkdir(parents=True)
+    env = {"PATH": os.environ["PATH"], "PY": "./python", "NOTES": "notes", "SMALL": "1"}
+    for file, numbers in ((rows, range(16)), (None, range(0, 64, 4))):
+        more = {"EVAL": file.name} if file else {}
+        done = subprocess.run(["bash", "recipes/measure.sh", "runs/x"], cwd=place, text=True,
+                              env={**env, **more}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        asked = read_rows(file or ROOT / "data/prompts_eval.jsonl")
+        assert read_rows(place / "runs/base1/base.prompts.jsonl") == [asked[n] for n in numbers]
+
+
 VARIABLE = re.compile(r"\$\{?([A-Z][A-Z_]*)")
 METHODS = [line.split(None, 2) for line in
            (ROOT / "recipes/methods.txt").read_text("utf-8").splitlines() if line[:1].isalpha()]
@@ -703,5 +753,5 @@ def test_header_names_what_is_there(recipe):
     assert set(re.findall(r"bash recipes/(\w+)\.sh", header)) <= {recipe}
     source = "".join(path.read_text("utf-8") for path in (
         *ROOT.glob("[0-9][0-9]_*.py"), ROOT / "common.py", ROOT / "tests/second_verifier.py"))
-    for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
+    for flag in {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - {"--help"}:
         assert f'"{flag}"' in source, flag

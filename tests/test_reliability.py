@@ -24,6 +24,7 @@ import pytest
 import torch
 from common import as_messages, load_model, prompt_ids
 from conftest import ROOT, call, read_rows, stage, write_rows
+from safetensors import SafetensorError
 
 STAGES = ("01_generate", "02_decompose", "03_verify")
 HEAVY = ("torch", "transformers", "openai", "datasets", "peft", "matplotlib", "rank_bm25")
@@ -811,3 +812,29 @@ def test_markup_in_text_is_only_text(where, plain):
         for evil in (text, f"x{text}\n{text}", text[0] + text, text * 2,
                      text[:3] + text + text[3:]):
             assert specials(evil) == specials("Who?", prefix=evil) == honest, evil
+
+
+# ---------------------------------------------------------------------------------------------
+# What is no fault of ours is one line
+
+@pytest.mark.parametrize("error, code, said", [
+    (ModuleNotFoundError("No module named 'torch'"), 2, "'torch': . .venv/bin/activate first"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "a smaller --microbatch of 05"),
+    (SafetensorError("I/O error: no room"), 2, "weights that cannot be read or written: I/O error"),
+    (PermissionError("no"), 2, "no"), (ValueError("ours"), 70, "Traceback")])
+def test_whose_fault_it_is(error, code, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        common.run(mock.Mock(side_effect=error))
+    err = capsys.readouterr().err
+    assert stopped.value.code == code and said in err and (err.count("\n") == 1) == (code == 2)
+
+
+@pytest.mark.parametrize("script", ["02_decompose", "06_eval"])
+def test_a_flag_is_said_in_full(script, tmp_path):
+    """`--ov` once was --overwrite, and a file of the user's own was gone."""
+    (notes := tmp_path / "notes.txt").write_text("mine")
+    flags = {"02_decompose": ["--in", notes, "--out", notes, "--ov"],
+             "06_eval": ["compare", f"base={notes}", "--out-m", notes]}
+    done = call(f"{script}.py", *flags[script])
+    assert done.returncode == 2 and "arguments: --o" in done.stderr
+    assert notes.read_text() == "mine"

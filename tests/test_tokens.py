@@ -1,4 +1,6 @@
 """05_train.py's tokens with the real tokenizer: spans of sentences, one BOS, the prompt as 01's."""
+import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +43,48 @@ def doubling():
         "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
         "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return tokenizer
+
+
+FAMILIES = {  # eos, the template's line for a turn, what ends an answer
+    "chatml": ("<|im_end|>", "<|im_start|>{role}\n{text}<|im_end|>\n", "<|im_end|>"),
+    "gemma": ("<eos>", "<start_of_turn>{role}\n{text}<end_of_turn>\n", "<end_of_turn>"),
+    "phi": ("<|endoftext|>", "<|{role}|>\n{text}<|end|>\n", "<|end|>"),
+    "llama": ("<|eot_id|>", "<|header|>{role}<|/header|>\n\n{text}<|eot_id|>", "<|eot_id|>"),
+    "mistral": ("</s>", "[INST]{text}</s>", "</s>"), "plain": ("</s>", "{role}: {text}\n", "</s>")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_ends_as_the_template_ends_it(family):
+    """Which is not always eos. 05 trains on this very token, 01 stops at it and at eos."""
+    eos, turn, end = FAMILIES[family]
+    special = sorted({eos, *re.findall(r"<\S+?>", turn.replace("{role}", "user"))})
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(special + letters)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos,
+                                        additional_special_tokens=special)
+    line = turn.replace("{role}", "{{ m.role }}").replace("{text}", "{{ m.content }}")
+    tokenizer.chat_template = "{% for m in messages %}" + line + "{% endfor %}"
+    number = tokenizer.convert_tokens_to_ids(end)
+    assert train.encode(tokenizer, as_messages("Who?"), "I.", "stop")[1][-1] == number
+    assert number not in train.encode(tokenizer, as_messages("Who?"), "I.", "length")[1]
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 4]))
+    assert stage("01_generate").stop_tokens(model, tokenizer) == {
+        number, tokenizer.eos_token_id, 3, 4}
+
+
+def test_what_a_template_is_told(doubling, capsys):
+    """No thought, which would be sampled and not trained on; a day that stays; and what it refuses
+    is one line."""
+    tokenizer = copy.deepcopy(doubling)
+    tokenizer.chat_template = (
+        "{{ enable_thinking }} {{ date_string }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('No system!') }}{% endif %}{{ m.content }}{% endfor %}")
+    assert tokenizer.decode(prompt_ids(tokenizer, as_messages("Who?"))) == "False 26 Jul 2024Who?"
+    with pytest.raises(SystemExit) as stopped:
+        prompt_ids(tokenizer, [{"role": "system", "content": "Be brief."}])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Be brief." in said and said.endswith(": No system!\n")
 
 
 def pieces(tokenizer, ids):

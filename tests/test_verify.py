@@ -210,15 +210,18 @@ def test_open_search_asks_the_whole_corpus(verify):
 def test_queries_that_lead_nowhere(verify):
     """One that comes again ends the search; where none comes, the claim is the query."""
     claim = "Borduria has a capital"
-    for model, query, calls in [("repeat", "capital and largest city", 3), ("judge", claim, 7)]:
+    for model, steps, query, calls in [("repeat", 5, "capital and largest city", 3),
+                                       ("judge", 5, claim, 7), ("judge", 0, claim, 1)]:
         with serve() as server:
             status, found, closing = verify([facts_row("b/0", "Borduria", claim)],
-                                            *llm(server, model, "--steps", 5), out=model)
+                                            *llm(server, model, "--steps", steps),
+                                            out=f"{model}{steps}")
             kinds = [kind for kind, _, _ in asked(server)]
         assert (status, facts_of(found)[0]["queries"]) == (0, [query])
         assert kinds == ["query"] * (calls - 1) + ["verdict"]
         assert int(closing.calls) == calls
-        assert getattr(closing, "not_as_asked", "0") == {"repeat": "0", "judge": "6"}[model]
+        assert getattr(closing, "not_as_asked", "0") == ("6" if calls == 7 else "0")
+        assert facts_of(found)[0]["evidence"]
 
 
 def test_what_needs_no_call_gets_none(verify):
@@ -876,6 +879,16 @@ PEOPLE = "Population", "34,352,720 (2024 est.)"
      [True, False])])
 def test_supported_facts_repeat_by_what_is_carried(facts, expected):
     assert repeats(*facts) == expected
+
+
+@pytest.mark.parametrize("judged", [{"queries": ["a"]}, {"score": 0.9}])
+def test_what_a_judge_has_read_carries_nothing(judged):
+    """Passages that a server or a fact checker saw: of these only equal words repeat."""
+    page = [{"title": "Peru", "text": "Clara, a composer, was married to a composer in Lima."}]
+    said = ["Clara was a composer", "Clara was married to a composer", "Clara was a composer."]
+    facts = [{"text": text, "label": "S", "evidence": page, **judged} for text in said]
+    verifier.mark_repeats({"topic": "Clara", "sentences": [{"facts": facts}]})
+    assert [fact.get("repeats", False) for fact in facts] == [False, False, True]
 
 
 def test_marks_are_made_anew_and_passed_on(tmp_path):
