@@ -180,7 +180,7 @@ def same_run(out, args, rows):
         if getattr(args, "retry_null", False):  # it is for a corpus that has grown since
             was |= {k: flags[k] for k in ("corpus_sha256", "answers_sha256") if k in flags}
         changed = ["other text in data/prompts" if k == "prompts_sha256" else
-                   f"other content of --{k[:-7]}" if k.endswith("_sha256") else
+                   f"other content of --{k[:-7]}".replace("_", "-") if k.endswith("_sha256") else
                    f"--{k.replace('_', '-')} {was.get(k)} -> {flags.get(k)}"
                    for k in sorted(flags | was) if was.get(k) != flags.get(k)]
         if changed:
