@@ -185,7 +185,7 @@ def score(found, reward, k=1):
 
 def target(row, text, finish, kind="fact", **more):
     """A training row with one response."""
-    return {"id": row["id"], "prompt_id": row.get("prompt_id") or row["id"],
+    return {"id": row["id"], "prompt_id": str(row.get("prompt_id") or row["id"]),
             "topic": topic_of(row), "kind": kind, "prompt": as_messages(row["prompt"]),
             "completion": [{"role": "assistant", "content": text}], "finish": finish, **more}
 

@@ -254,9 +254,9 @@ def rows_of(path, skip):
         for n, line in enumerate(f, 1):
             if n > skip and line.strip():
                 try:
-                    row = read_line(line.decode(errors="replace"))
+                    row = read_line(line.decode(errors="surrogateescape"))
                 except (ValueError, RecursionError):
-                    die(f"{path}:{n}: expected one JSON object a line, found {line[:60]!r}")
+                    die(f"{path}:{n}: expected JSONL, one JSON object a line, found {line[:60]!r}")
                 yield n, row
 
 

@@ -491,7 +491,7 @@ def test_texts_in_parts_fields_and_other_names(tmp_path):
 
 @pytest.mark.parametrize("data, says", [
     (b"", "at least one row"), (b"{}\n", ":1: expected 'title' as text"),
-    (lines(SOURCES) + b"{\n", ":5: expected one JSON object a line, found b'{"),
+    (lines(SOURCES) + b"{\n", ":5: expected JSONL, one JSON object a line, found b'{"),
     (b"[1]\n", ":1: expected 'title' as text"), (b'{"title": "a", "text": 3}', "'text' as text or"),
     (b'{"title": "a", "text": ["b", 3]}', ":1: expected"),
     (b'{"title": null, "text": "b"}', ":1: expected 'title'"),

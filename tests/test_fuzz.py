@@ -765,6 +765,6 @@ def test_on_the_command_line(reader, tmp_path):
     before, at = snapshot(tmp_path), len(GOOD[fuzzed]) + 1
     done = call(f"{script}.py", *shlex.split(flags.format(**names)))
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"{names[fuzzed]}:{at}: expected one JSON object a line, found ")
+    assert done.stderr.startswith(f"{names[fuzzed]}:{at}: expected JSONL, one JSON object a line, ")
     (tmp_path / "made/new.tmp").unlink(missing_ok=True)
     assert snapshot(tmp_path) == before
