@@ -495,7 +495,7 @@ def test_texts_in_parts_fields_and_other_names(tmp_path):
     (b"[1]\n", ":1: expected 'title' as text"), (b'{"title": "a", "text": 3}', "'text' as text or"),
     (b'{"title": "a", "text": ["b", 3]}', ":1: expected"),
     (b'{"title": null, "text": "b"}', ":1: expected 'title'"),
-    (b'{"title": "\\ud800", "text": "b"}', ":1: expected one JSON"), (b"[" * 9999, ":1: expected"),
+    (b'{"title": "\\ud800", "text": "b"}', ":1: expected JSONL"), (b"[" * 9999, ":1: expected"),
     (gzip.compress(lines(SOURCES) * 99)[:-9], "expected JSONL, JSONL.gz or Parquet"),
     (b"PAR1 and no more", "expected JSONL, JSONL.gz or Parquet")])
 def test_bad_rows(tmp_path, capsys, monkeypatch, data, says):
