@@ -475,9 +475,9 @@ def run_compare(args):
         write_whole(args.report, pictures.page(sets, rows, found, shown))
     if args.pictures:
         draw(args.pictures, sets, rows, tuned, args.k)
-    written = {"table": args.out_md, "page": args.report, "pictures": args.pictures}
+    made = {"table": args.out_md, "page": args.report, "pictures": args.pictures}
     report(files=len(args.files), prompts=prompts["base"], k=args.k,
-           **{name: path for name, path in written.items() if path})
+           **{name: path for name, path in made.items() if path})
 
 
 # ---------------------------------------------------------------------------------------------
