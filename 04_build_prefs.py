@@ -41,8 +41,8 @@ Not as in the papers: FactAlign's code counts irrelevant facts as false; here th
 Where the sides of APEFT's atomic pairs come from we found nowhere: ours are the model's own answers
 (--keep unknown, known: or a fact's own words).
 
-  python 04_build_prefs.py facttune --in runs/demo/verified.jsonl --out runs/demo/prefs.jsonl \\
-      --eval-out runs/demo/prefs_heldout.jsonl --eval-prompts data/prompts_eval.jsonl
+  python 04_build_prefs.py facttune --in runs/x/verified.jsonl --out runs/x/prefs.jsonl \\
+      --eval-out runs/x/prefs_heldout.jsonl --eval-prompts data/prompts_eval.jsonl
   python 04_build_prefs.py factalign --in runs/dev/verified.jsonl --out runs/dev/kto.jsonl --balance
 """
 import argparse

@@ -22,7 +22,7 @@ Not as in the papers: FactTune trains with RMSprop at lr 5e-7 (--optim), after a
 Not yet: a model sharded over GPUs; scaled heads; thoughts before an answer (templates are told
 enable_thinking=False). Several processes were run on CPUs only; --batch is that of all of them,
 --microbatch of each.
-CPU, 3 minutes:  python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
+CPU, a minute:   python 05_train.py --prefs runs/demo/prefs.jsonl --out runs/demo/lora --lr 1e-4
 Two GPUs:        accelerate launch --multi_gpu --num_processes 2 05_train.py --batch 32 \\
                      --prefs runs/x/prefs.jsonl --out runs/x/tuned --model Qwen/Qwen2.5-3B-Instruct
 """

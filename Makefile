@@ -21,7 +21,7 @@ demo: world
 	$(PY) 01_generate.py --prompts $(D)/train.jsonl --out $(D)/samples.jsonl
 	$(PY) 02_decompose.py --in $(D)/samples.jsonl --out $(D)/facts.jsonl
 	$(PY) 03_verify.py --in $(D)/facts.jsonl --out $(D)/verified.jsonl
-	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/base.samples.jsonl
+	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/base.samples.jsonl --n 6
 	$(PY) 02_decompose.py --in $(D)/base.samples.jsonl --out $(D)/base.facts.jsonl
 	$(PY) 03_verify.py --in $(D)/base.facts.jsonl --out $(D)/base.jsonl
 	$(PY) 04_build_prefs.py rft --in $(D)/verified.jsonl --out $(D)/best.jsonl --reward f1
@@ -33,7 +33,7 @@ demo: world
 	$(PY) 05_train.py --prefs $(D)/prefs.jsonl --model $(D)/sft --out $(D)/tuned \
 	  --loss dpo --full --lr 1e-5 --batch 16 --epochs 2
 	$(PY) tests/demo_check.py $(D)/sft/log.jsonl $(D)/tuned/log.jsonl
-	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/tuned.samples.jsonl --model $(D)/tuned
+	$(PY) 01_generate.py --prompts $(D)/dev.jsonl --out $(D)/tuned.samples.jsonl --model $(D)/tuned --n 6
 	$(PY) 02_decompose.py --in $(D)/tuned.samples.jsonl --out $(D)/tuned.facts.jsonl
 	$(PY) 03_verify.py --in $(D)/tuned.facts.jsonl --out $(D)/tuned.jsonl
 	$(PY) 06_eval.py compare base=$(D)/base.jsonl tuned=$(D)/tuned.jsonl --report $(D)/report.html \
