@@ -180,6 +180,23 @@ def test_your_own(walked):
     assert {row["topic"] for row in read_rows(mine / "facttune/tuned.jsonl")} <= {*RIVERS[6:]}
 
 
+@pytest.mark.skipif(not shutil.which("jq"), reason="no jq here")
+def test_jq():
+    """The one-liners of README (a name a line) and factalign.sh make the prompts that they say."""
+    def made(path, given):
+        flags, program = re.search(r"jq (-\w+) '(.*?)'", path.read_text(encoding="utf-8")).groups()
+        done = subprocess.run(["jq", flags, program], input="\n".join(given) + "\n", text=True,
+                              check=True, capture_output=True)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    bios = made(ROOT / "README.md", ['Ada "Lovelace"', "Émile Zola"])
+    assert bios == [{"topic": name, "prompt": f"Tell me a bio of {name}."}
+                    for name in ('Ada "Lovelace"', "Émile Zola")]
+    parts = made(ROOT / "recipes/factalign.sh", [json.dumps({"prompt": n}) for n in range(6)])
+    assert sorted((row["part"], row["prompt"] % 3) for row in parts) == [
+        (1, 2), (1, 2), (2, 0), (2, 0), (3, 1), (3, 1)]
+
+
 def test_blocks_of_data_readme(place):
     import pyarrow
     import pyarrow.parquet
